@@ -1,0 +1,160 @@
+"""Settings with their ranges and units; flags, sliders and the JSON beside the weights come from here.
+
+Every config is a frozen dataclass whose numeric fields carry their range, so that one `validate`
+serves them all and names field, value and rule.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+MAX_TOKENS = 75  # the paper's 77 positions less BOS and EOS
+DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
+MAX_PROMPT_CHARS = 1000
+DEFAULT_MODEL = "nano"
+HUB_ID = "vilex/vilex-nano"
+MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Closed range of a numeric setting."""
+
+    minimum: float
+    maximum: float
+    help: str = ""
+
+
+def setting(default: Any, minimum: float, maximum: float, help: str = "") -> Any:
+    """A dataclass field with a range."""
+    return field(default=default, metadata={"range": Range(minimum, maximum, help)})
+
+
+def range_of(config_class: type, name: str) -> Range:
+    """The declared range of a field of a config class."""
+    return config_class.__dataclass_fields__[name].metadata["range"]
+
+
+class Config:
+    """Base of all configs: range checks at construction, JSON in and out."""
+
+    def __post_init__(self) -> None:
+        problems = [problem for f in dataclasses.fields(self) if (problem := _problem(f, getattr(self, f.name)))]
+        problems += self.rules()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def rules(self) -> list[str]:
+        """Sentences for broken rules that concern more than one field."""
+        return []
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """A config from parsed JSON; raises ValueError on a name that is not a field."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no setting {', '.join(map(repr, unknown))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @classmethod
+    def load_json(cls, path: Path) -> Self:
+        """A config from a JSON file."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _problem(f: dataclasses.Field, value: Any) -> str | None:
+    bounds: Range | None = f.metadata.get("range")
+    if bounds is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return f"{f.name} must be a number, got {value!r}"
+    if isinstance(f.default, int) and not isinstance(f.default, bool) and value != int(value):
+        return f"{f.name} must be a whole number, got {value!r}"
+    if not bounds.minimum <= value <= bounds.maximum:
+        return f"{f.name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Config):
+    """What a user can turn in one request."""
+
+    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS, "ViLex tokens kept of each image")
+    num_images: int = setting(1, 1, 16, "pictures per request; picture i uses seed + i")
+    seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the first picture")
+    num_inference_steps: int = setting(20, 1, 200, "denoising steps")
+    guidance_scale: float = setting(2.0, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
+    tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 ignores the words, 1 = plain joint")
+    guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")
+    guidance_high: float = setting(1.0, 0.0, 1.0, "guidance is on while t/T is at most this")
+    scheduler: str = "dpm++"
+    negative_prompt: str = ""
+
+    def rules(self) -> list[str]:
+        broken = []
+        if self.scheduler not in SCHEDULERS:
+            broken.append(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
+        if len(self.negative_prompt) > MAX_PROMPT_CHARS:
+            broken.append(f"negative_prompt has {len(self.negative_prompt)} characters, the limit is {MAX_PROMPT_CHARS}")
+        if self.seed + self.num_images > 2**32:
+            broken.append(f"seed + num_images must stay below 2^32, got {self.seed} + {self.num_images}")
+        return broken
+
+
+SCHEDULERS = ("dpm++", "ddim", "euler")
+
+
+@dataclass(frozen=True)
+class EncoderConfig(Config):
+    """A vision tower giving patch tokens (B,P,D).
+
+    `open_clip` names one of open_clip's towers; without it the ViT of the other fields is built.
+    """
+
+    open_clip: str = ""
+    image_size: int = setting(64, 8, 1024, "pixels")
+    patch_size: int = setting(8, 2, 64, "pixels")
+    width: int = setting(192, 8, 4096)
+    layers: int = setting(6, 1, 64)
+    heads: int = setting(6, 1, 64)
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0,1]
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def rules(self) -> list[str]:
+        broken = []
+        if self.image_size % self.patch_size:
+            broken.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.width % self.heads:
+            broken.append(f"width {self.width} is not a multiple of heads {self.heads}")
+        return broken
+
+
+@dataclass(frozen=True)
+class PoolerConfig(Config):
+    """Learned queries cross-attending to patch tokens; the paper's default is 5 blocks."""
+
+    num_queries: int = setting(MAX_TOKENS, 1, MAX_TOKENS)
+    num_blocks: int = setting(5, 1, 8)
+    width: int = setting(192, 8, 4096)
+    heads: int = setting(6, 1, 64)
+    patch_width: int = setting(192, 8, 8192, "width of the encoder's patch tokens")
+    text_width: int = setting(384, 4, 16384, "width of the word embeddings")
+
+    def rules(self) -> list[str]:
+        return [f"width {self.width} is not a multiple of heads {self.heads}"] if self.width % self.heads else []
+
+
+@dataclass(frozen=True)
+class T2IConfig(Config):
+    """What the embedded pixel-space model needs beside its U-Net's and scheduler's own JSON."""
+
+    pixel_unshuffle: int = setting(1, 1, 16, "pixels per side folded into channels")
+    context_length: int = setting(128, 8, 512, "positions every prompt is padded to")
+    text_encoder: str = MINILM_ID
