@@ -1,0 +1,125 @@
+"""What each preset trains: the shapes of the networks and the settings of the runs."""
+
+from dataclasses import dataclass, field
+
+from diffusers import UNet2DConditionModel
+
+from vilex.config import MAX_TOKENS, Config, EncoderConfig, PoolerConfig, setting
+
+
+@dataclass(frozen=True)
+class UNetConfig(Config):
+    """The embedded denoiser: pixel-unshuffled pictures in, v-prediction out."""
+
+    widths: tuple[int, ...]
+    attention: tuple[bool, ...]  # cross-attention to the prompt, per resolution
+    pixel_unshuffle: int = setting(4, 1, 16)
+    image_size: int = setting(64, 8, 1024, "pixels")
+    layers_per_block: int = setting(1, 1, 4)
+    heads: int = setting(4, 1, 32, "attention heads, at every resolution")
+    norm_num_groups: int = setting(8, 1, 64)
+
+    def rules(self) -> list[str]:
+        broken = [f"width {w} is not a multiple of norm_num_groups {self.norm_num_groups}"
+                  for w in self.widths if w % self.norm_num_groups]
+        broken += [f"width {w} is not a multiple of heads {self.heads}" for w in self.widths if w % self.heads]
+        if len(self.attention) != len(self.widths):
+            broken.append(f"attention has {len(self.attention)} entries, widths {len(self.widths)}")
+        if self.image_size % (self.pixel_unshuffle << (len(self.widths) - 1)):
+            broken.append(f"image_size {self.image_size} cannot be unshuffled and halved {len(self.widths) - 1} times")
+        return broken
+
+
+@dataclass(frozen=True)
+class TrainConfig(Config):
+    """Settings of one training run."""
+
+    batch_size: int = setting(64, 1, 65536, "pictures per optimiser step, over all processes")
+    max_steps: int = setting(1000, 1, 10_000_000)
+    learning_rate: float = setting(3e-4, 0, 1)
+    encoder_learning_rate: float = setting(3e-4, 0, 1, "train_vilex: of the vision tower")
+    warmup_steps: int = setting(100, 0, 1_000_000)
+    weight_decay: float = setting(0.01, 0, 1)
+    grad_clip: float = setting(1.0, 0.001, 1000, "largest norm of the gradient")
+    snr_gamma: float = setting(0.0, 0, 100, "min-SNR weighting; 0 = off")
+    ema_power: float = setting(0.75, 0.1, 1, "the EMA's decay is 1 - (1 + step) ** -ema_power")
+    caption_variants: int = setting(4, 1, 64, "captions written per picture")
+    empty_fraction: float = setting(0.1, 0, 1, "captions left empty, for guidance")
+    joint_fraction: float = setting(0.5, 0, 1, "train_vilex: batches with words beside the image")
+    seed: int = setting(0, 0, 2**32 - 1)
+    sample_every: int = setting(500, 1, 1_000_000, "steps between sample grids")
+    save_every: int = setting(500, 1, 1_000_000, "steps between checkpoints")
+    log_every: int = setting(20, 1, 100_000, "steps between lines of metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All of one model family."""
+
+    unet: UNetConfig
+    encoder: EncoderConfig
+    pooler: PoolerConfig
+    t2i: TrainConfig
+    vilex: TrainConfig
+    context_length: int = 128
+    source_weights: dict[str, float] = field(default_factory=dict)
+
+
+# Drawings are few but teach shapes fastest; art is what the app is for.
+SOURCE_WEIGHTS = {
+    "wikiart": 0.30, "tiny-imagenet": 0.18, "miniplaces": 0.13, "emoji": 0.16, "pacs": 0.06,
+    "caltech101": 0.05, "flickr8k": 0.04, "flowers102": 0.04, "openclipart": 0.04,
+}
+
+PRESETS = {
+    "tiny": Preset(
+        unet=UNetConfig(widths=(8, 8), attention=(False, True), pixel_unshuffle=4, image_size=32, heads=2,
+                        norm_num_groups=4),
+        encoder=EncoderConfig(image_size=32, patch_size=8, width=8, layers=1, heads=2),
+        pooler=PoolerConfig(num_queries=MAX_TOKENS, num_blocks=1, width=8, heads=2, patch_width=8),
+        t2i=TrainConfig(batch_size=4, max_steps=4, warmup_steps=1, caption_variants=2, sample_every=2, save_every=2,
+                        log_every=1),
+        vilex=TrainConfig(batch_size=4, max_steps=4, warmup_steps=1, learning_rate=1e-3, caption_variants=2,
+                          sample_every=2, save_every=2, log_every=1),
+    ),
+    "nano": Preset(
+        unet=UNetConfig(widths=(64, 128, 192), attention=(False, True, False)),
+        encoder=EncoderConfig(width=192, layers=5, heads=6, patch_size=8),
+        pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
+        t2i=TrainConfig(batch_size=64, max_steps=3000, learning_rate=6e-4, warmup_steps=100, caption_variants=3),
+        vilex=TrainConfig(batch_size=64, max_steps=1500, learning_rate=1e-3, encoder_learning_rate=3e-4,
+                          warmup_steps=30, caption_variants=2),
+        source_weights=SOURCE_WEIGHTS,
+    ),
+    "mini": Preset(
+        unet=UNetConfig(widths=(112, 176, 240), attention=(False, True, True), pixel_unshuffle=2, layers_per_block=2),
+        encoder=EncoderConfig(width=256, layers=8, heads=8, patch_size=8),
+        pooler=PoolerConfig(num_blocks=5, width=256, heads=8, patch_width=256),
+        t2i=TrainConfig(batch_size=1024, max_steps=20_000, learning_rate=6e-4, warmup_steps=500, caption_variants=6,
+                        sample_every=2000, save_every=1000, log_every=50),
+        vilex=TrainConfig(batch_size=512, max_steps=20_000, learning_rate=1e-3, encoder_learning_rate=3e-4,
+                          warmup_steps=400, caption_variants=4, sample_every=2000, save_every=1000, log_every=50),
+        source_weights=SOURCE_WEIGHTS,
+    ),
+}
+
+
+def build_unet(config: UNetConfig, text_width: int) -> UNet2DConditionModel:
+    """A randomly initialised denoiser whose pooled text vector is added to the time embedding."""
+    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
+    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
+    channels = 3 * config.pixel_unshuffle**2
+    return UNet2DConditionModel(
+        sample_size=config.image_size // config.pixel_unshuffle,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.widths,
+        down_block_types=down,
+        up_block_types=up,
+        layers_per_block=config.layers_per_block,
+        cross_attention_dim=text_width,
+        attention_head_dim=config.heads,  # diffusers means the number of heads
+        norm_num_groups=config.norm_num_groups,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=text_width,
+    )

@@ -1,0 +1,192 @@
+"""The state of a training run and the loop around it, shared by train_t2i and train_vilex.
+
+Everything a step draws is a function of (seed, step), so a run resumes exactly by running the same
+command again: the checkpoint holds weights, EMA, optimiser and step, and no random state.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from train.presets import TrainConfig
+
+log = logging.getLogger(__name__)
+Loss = Callable[[int, int], Tensor]  # (global_step, micro_step) -> mean loss of that micro-batch
+
+
+def lr_schedule(config: TrainConfig, global_step: int) -> float:
+    """Factor on the learning rate: linear warm-up, then cosine to 0 at max_steps."""
+    if global_step < config.warmup_steps:
+        return (global_step + 1) / config.warmup_steps
+    progress = (global_step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def step_generator(seed: int, global_step: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on seed, step and stream number (one per process and micro-batch) alone."""
+    mixed = (seed * 1_000_003 + global_step) * 1_009 + stream
+    return torch.Generator(device).manual_seed(mixed % 2**63)
+
+
+class TrainState:
+    """Trained module, its EMA and its optimiser, in one folder on disk.
+
+    folder/checkpoint.pt is replaced atomically; folder/metrics.jsonl gets one line per logged step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+    ) -> None:
+        self.folder, self.accelerator, self.config = folder, accelerator, config
+        self.ema = EMAModel(module.parameters(), decay=0.9999, use_ema_warmup=True, power=config.ema_power, foreach=True)
+        self.ema.to(accelerator.device)
+        self.module, self.optimizer = module, optimizer
+        self.base_rates = [group["lr"] for group in optimizer.param_groups]
+        self.global_step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def resume(self) -> bool:
+        """Whether a checkpoint was there and has been loaded. Raises ValueError if it is of another run."""
+        if not self.path.is_file():
+            return False
+        saved = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - {"max_steps", "log_every"}
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({', '.join(sorted(changed))}); "
+                "give another --out or the same settings"
+            )
+        self.module.load_state_dict(saved["module"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.ema.load_state_dict(saved["ema"])
+        self.global_step = saved["global_step"]
+        return True
+
+    def save(self) -> None:
+        """Writes the checkpoint beside the old one, then takes its place."""
+        if not self.accelerator.is_main_process:
+            return
+        temporary = self.path.with_suffix(".tmp")
+        torch.save(
+            {
+                "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict(),
+                "global_step": self.global_step,
+                "config": asdict(self.config),
+            },
+            temporary,
+        )
+        temporary.replace(self.path)
+
+    def log_metrics(self, **metrics: float) -> None:
+        """One line of metrics.jsonl."""
+        if self.accelerator.is_main_process:
+            line = {"global_step": self.global_step, "images_seen": self.global_step * self.config.batch_size} | metrics
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({k: round(v, 7) for k, v in line.items()}) + "\n")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While active the module holds the EMA weights."""
+        self.ema.store(self.module.parameters())
+        self.ema.copy_to(self.module.parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.module.parameters())
+
+
+def train(state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[], dict[str, float]]) -> None:
+    """Runs the steps that are left.
+
+    model: the module as prepared by accelerate (it may be wrapped or compiled); on_sample writes sample
+    grids under the EMA weights and returns metrics for the log.
+    """
+    config, accelerator = state.config, state.accelerator
+    if state.global_step == 0:
+        _sample(state, on_sample)
+    bar = tqdm(total=config.max_steps, initial=state.global_step, disable=not accelerator.is_main_process, mininterval=5)
+    started, since, total = time.perf_counter(), state.global_step, torch.zeros((), device=accelerator.device)
+    while state.global_step < config.max_steps:
+        value, grad_norm = _step(state, model, loss)
+        total += value
+        bar.update()
+        done = state.global_step == config.max_steps
+        if state.global_step % config.log_every == 0 or done:
+            mean = (total / (state.global_step - since)).item()
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"the loss is {mean} at step {state.global_step}; lower the learning rate")
+            speed = (state.global_step - since) * config.batch_size / (time.perf_counter() - started)
+            rate = lr_schedule(config, state.global_step - 1) * state.base_rates[0]
+            state.log_metrics(loss=mean, grad_norm=float(grad_norm), learning_rate=rate, images_per_second=speed)
+            bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
+            started, since = time.perf_counter(), state.global_step
+            total.zero_()
+        if state.global_step % config.sample_every == 0 or done:
+            _sample(state, on_sample)
+            started, since = time.perf_counter(), state.global_step
+            total.zero_()
+        if state.global_step % config.save_every == 0 or done:
+            state.save()
+    bar.close()
+
+
+def _step(state: TrainState, model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor]:
+    """One optimiser step: its mean loss and gradient norm, both left on the device."""
+    factor = lr_schedule(state.config, state.global_step)
+    for group, rate in zip(state.optimizer.param_groups, state.base_rates, strict=True):
+        group["lr"] = rate * factor
+    accelerator, total = state.accelerator, 0.0
+    for micro in range(accelerator.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            value = loss(state.global_step, micro)
+            accelerator.backward(value)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), state.config.grad_clip)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            total = total + value.detach()
+    state.ema.step(state.module.parameters())
+    state.global_step += 1
+    return total / accelerator.gradient_accumulation_steps, grad_norm
+
+
+def _sample(state: TrainState, on_sample: Callable[[], dict[str, float]]) -> None:
+    if state.accelerator.is_main_process:
+        with state.averaged(), torch.no_grad():
+            state.log_metrics(**on_sample())
+    state.accelerator.wait_for_everyone()
+
+
+def count_flops(run: Callable[[], Tensor]) -> float:
+    """Floating-point operations of one forward and backward pass of `run`, which returns a loss."""
+    with FlopCounterMode(display=False) as counter:
+        run().backward()
+    return float(counter.get_total_flops())
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

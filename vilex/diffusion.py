@@ -1,0 +1,194 @@
+"""Frozen text-to-image models behind one face: prompts in, noise predictions out.
+
+One class covers the embedded pixel-space model and Stable Diffusion 1.x / 2.x; what differs (pixels or
+VAE latents, attention mask and pooled vector or not) is decided once, when the model is loaded.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+
+from vilex.checkpoint import load_pretrained
+from vilex.config import T2IConfig
+from vilex.minilm import load_text_encoder
+from vilex.prompt import ComposedPrompt, override_embeddings
+
+CONFIG_NAME = "vilex_t2i.json"  # marks an embedded model; diffusers ignores it
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+    "clip_sample": True,
+}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser reads: prompt_embeds (B,L,D), pooled (B,D) or None, mask bool (B,L) or None."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor | None = None
+    mask: Tensor | None = None
+
+    def expand(self, batch: int) -> Self:
+        """The same condition for every picture of a batch; B must be 1."""
+        return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in self._tensors().items()})
+
+    def to(self, *args: torch.device | torch.dtype) -> Self:
+        """Moved or cast; the mask stays boolean."""
+        return replace(self, **{k: v.to(*args) if k != "mask" else v.to(args[0] if isinstance(args[0], torch.device) else v.device) for k, v in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {k: v for k in ("prompt_embeds", "pooled", "mask") if (v := getattr(self, k)) is not None}
+
+    @staticmethod
+    def concatenate(conditions: list["Conditioning"]) -> "Conditioning":
+        """Several conditions as one batch, in order."""
+        joined = {k: torch.cat([getattr(c, k) for c in conditions]) for k in conditions[0]._tensors()}
+        return Conditioning(**joined)
+
+
+class TextToImage(nn.Module):
+    """A frozen denoiser with its text encoder, tokenizer, noise schedule and, for latent models, VAE."""
+
+    def __init__(
+        self,
+        config: T2IConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        denoiser: UNet2DConditionModel,
+        scheduler: DDPMScheduler,
+        vae: AutoencoderKL | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tokenizer, self.scheduler = config, tokenizer, scheduler
+        self.text_encoder, self.denoiser, self.vae = text_encoder, denoiser, vae
+        self.requires_grad_(False).eval()
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this is our own pixel-space model."""
+        return self.vae is None
+
+    @property
+    def text_width(self) -> int:
+        """Width D of a word embedding, and so of a ViLex token."""
+        return self.text_encoder.get_input_embeddings().embedding_dim
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, h, w of the space the denoiser works in."""
+        unet = self.denoiser.config
+        return unet.in_channels, unet.sample_size, unet.sample_size
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures it draws, in pixels."""
+        factor = self.config.pixel_unshuffle if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.denoiser.config.sample_size * factor
+
+    def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
+        """Runs the frozen text encoder; gradients reach `prompt.vectors`."""
+        device = self.text_encoder.device
+        ids = prompt.input_ids.to(device)
+        mask = prompt.attention_mask.to(device) if self.embedded else None
+        if prompt.vectors is None:
+            states = self.text_encoder(ids, attention_mask=mask).last_hidden_state  # (B,L,D)
+        else:
+            with override_embeddings(self.text_encoder, prompt.slots.to(device), prompt.vectors.to(device)):
+                states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        return Conditioning(states, masked_mean(states, mask), mask) if self.embedded else Conditioning(states)
+
+    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
+        """The denoiser's raw prediction (B,C,h,w) for noisy_latents (B,C,h,w) at timesteps int64 (B,)."""
+        return self.denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=condition.prompt_embeds,
+            class_labels=condition.pooled,
+            encoder_attention_mask=condition.mask,
+            return_dict=False,
+        )[0]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels (B,3,H,W) in [-1,1] -> latents (B,C,h,w), the mean for a VAE."""
+        if self.vae is None:
+            return F.pixel_unshuffle(pixels, self.config.pixel_unshuffle)
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents (B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
+        if self.vae is None:
+            return F.pixel_shuffle(latents, self.config.pixel_unshuffle).clamp(-1, 1)
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) x0."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
+        """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""
+        parts: dict[str, list[str]] = {
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        original = self.denoiser.dtype
+        self.denoiser.to(dtype).save_pretrained(folder / "unet", max_shard_size=max_shard_size)
+        self.denoiser.to(original)
+        self.scheduler.save_pretrained(folder / "scheduler")
+        if self.vae is None:
+            (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+        else:
+            self.vae.save_pretrained(folder / "vae")
+            self.text_encoder.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+            parts |= {
+                "vae": ["diffusers", "AutoencoderKL"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+            }
+        index = {"_class_name": "StableDiffusionPipeline" if self.vae else "VilexTextToImage", **parts}
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the positions that the mask (B,L) keeps: (B,L,D) -> (B,D)."""
+    weights = mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def build_scheduler_config(**changes: object) -> DDPMScheduler:
+    """The noise schedule of the embedded models."""
+    return DDPMScheduler(**SCHEDULER | changes)
+
+
+def load_t2i(folder: str | Path, text_encoder: str | None = None) -> TextToImage:
+    """A frozen model from a folder in diffusers layout.
+
+    text_encoder: a folder to take the embedded model's text encoder from instead of the usual places.
+    Raises ValueError when the folder is not such a model or a weight is missing, left over or misshapen.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds no text-to-image model: model_index.json is missing")
+    denoiser = load_pretrained(UNet2DConditionModel, folder / "unet")
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    if (folder / CONFIG_NAME).is_file():
+        config = T2IConfig.load_json(folder / CONFIG_NAME)
+        tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
+        return TextToImage(config, tokenizer, encoder, denoiser, scheduler)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    encoder = load_pretrained(CLIPTextModel, folder / "text_encoder")
+    config = T2IConfig(context_length=tokenizer.model_max_length, text_encoder="")
+    return TextToImage(config, tokenizer, encoder, denoiser, scheduler, load_pretrained(AutoencoderKL, folder / "vae"))

@@ -1,0 +1,226 @@
+"""Prompts in which pictures are words: [BOS] ... v1..vn ... words ... [EOS].
+
+An image is a run of placeholder ids in an ordinary token sequence; the vectors replace their embeddings
+inside the frozen text encoder. The placeholder is an existing word id below EOS, so that CLIP's pooling
+at the largest id keeps finding EOS; which positions are slots is a mask, never read back from the ids.
+"""
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_SLOT = re.compile(r"<image(?::(\d+))?>|\[([A-Za-z][\w-]*)\]")
+_override_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class ComposedPrompt:
+    """Token ids with slots for ViLex tokens, ready for a text encoder.
+
+    input_ids int64 (B,L); attention_mask bool (B,L); slots bool (B,L), True where a ViLex token stands;
+    vectors (S,D), the tokens in row-major order of their slots; kept: tokens kept of each image;
+    cut_words: what did not fit, empty when everything did; num_words: word tokens kept.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    slots: Tensor
+    vectors: Tensor | None = None
+    kept: tuple[int, ...] = ()
+    asked: tuple[int, ...] = ()
+    num_words: int = 0
+    cut_words: str = ""
+
+    @property
+    def note(self) -> str:
+        """One sentence on what was cut, empty when nothing was."""
+        parts = [
+            f"image {i + 1} keeps {kept} of {asked} tokens"
+            for i, (kept, asked) in enumerate(zip(self.kept, self.asked, strict=True))
+            if kept < asked
+        ]
+        if self.cut_words:
+            parts.append(f"the last words did not fit: {self.cut_words!r}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that a tokenizer puts around a text."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    pad: int
+    placeholder: int
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
+    """BOS/CLS, EOS/SEP and padding ids of a tokenizer, and an ordinary id to hold images' places."""
+    body = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a").input_ids
+    start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
+    reserved = set(tokenizer.all_special_ids) | {tokenizer.pad_token_id, 0}
+    placeholder = next(i for i in range(len(tokenizer)) if i not in reserved)
+    suffix = tuple(whole[start + len(body) :])
+    assert not suffix or placeholder < suffix[-1] or suffix[-1] in tokenizer.all_special_ids
+    return SpecialTokens(tuple(whole[:start]), suffix, tokenizer.pad_token_id, placeholder)
+
+
+def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | int]:
+    """Text runs and image indices in reading order.
+
+    `<image:2>` is the second image, `[corgi]` the one of that name; a plain `<image>` takes the images in
+    turn and stays with the last. Images the text does not mention go first, as in the paper's [v, c].
+    Raises ValueError for a number without an image; brackets that name none are ordinary words.
+    """
+    segments: list[str | int] = []
+    end = turn = 0
+    for match in _SLOT.finditer(text):
+        number, name = match.groups()
+        if name is not None and name not in names:
+            continue
+        index = names.index(name) if name else int(number) - 1 if number else min(turn, num_images - 1)
+        if not 0 <= index < num_images:
+            raise ValueError(f"{match.group()} asks for an image that is not there: the prompt has {num_images}")
+        turn += not (name or number)
+        segments += [text[end : match.start()], index]
+        end = match.end()
+    segments.append(text[end:])
+    unused = [i for i in range(num_images) if i not in segments]
+    return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
+
+
+def fit_budget(image_lengths: Sequence[int], num_words: int, capacity: int) -> tuple[list[int], int]:
+    """Tokens kept of each image occurrence and of the words: the longest image gives up its tail first,
+    down to one token each; only then the last words go.
+    """
+    kept = list(image_lengths)
+    while sum(kept) + num_words > capacity and max(kept, default=1) > 1:
+        kept[kept.index(max(kept))] -= 1
+    return kept, max(0, min(num_words, capacity - sum(kept)))
+
+
+def compose(
+    text: str,
+    vilex_tokens: Sequence[Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    names: Sequence[str] = (),
+) -> ComposedPrompt:
+    """One prompt (B=1) from words and images.
+
+    vilex_tokens: one (N,D) tensor per image, N free. Raises ValueError when the images alone do not fit.
+    """
+    special = special_tokens(tokenizer)
+    segments = parse(text, len(vilex_tokens), names)
+    ids = [tokenizer(s, add_special_tokens=False).input_ids if isinstance(s, str) else s for s in segments]
+    images = [s for s in segments if isinstance(s, int)]
+    capacity = context_length - len(special.prefix) - len(special.suffix)
+    if len(images) > capacity:
+        raise ValueError(f"{len(images)} images do not fit into {capacity} positions")
+    words = sum(len(run) for run in ids if isinstance(run, list))
+    lengths, num_words = fit_budget([len(vilex_tokens[i]) for i in images], words, capacity)
+    return _assemble(ids, vilex_tokens, lengths, num_words, special, tokenizer, context_length)
+
+
+def _assemble(
+    ids: list[list[int] | int],
+    vilex_tokens: Sequence[Tensor],
+    lengths: list[int],
+    num_words: int,
+    special: SpecialTokens,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+) -> ComposedPrompt:
+    row, slots, vectors, cut = list(special.prefix), [False] * len(special.prefix), [], []
+    kept = [len(tokens) for tokens in vilex_tokens]
+    remaining, length = num_words, iter(lengths)
+    for run in ids:
+        if isinstance(run, int):
+            n = next(length)
+            kept[run] = min(kept[run], n)
+            vectors.append(vilex_tokens[run][:n])
+            row += [special.placeholder] * n
+            slots += [True] * n
+        else:
+            row += run[:remaining]
+            slots += [False] * len(run[:remaining])
+            cut += run[remaining:]
+            remaining -= len(run[:remaining])
+    row += special.suffix
+    padding = context_length - len(row)
+    return ComposedPrompt(
+        input_ids=torch.tensor([row + [special.pad] * padding]),
+        attention_mask=torch.tensor([[True] * len(row) + [False] * padding]),
+        slots=torch.tensor([slots + [False] * (context_length - len(slots))]),
+        vectors=torch.cat(vectors) if vectors else None,
+        kept=tuple(kept),
+        asked=tuple(len(tokens) for tokens in vilex_tokens),
+        num_words=num_words,
+        cut_words=tokenizer.decode(cut).strip(),
+    )
+
+
+def compose_leading(
+    word_ids: Tensor, word_mask: Tensor, vilex_tokens: Tensor, special: SpecialTokens, context_length: int
+) -> ComposedPrompt:
+    """A batch of [v, c] prompts from words that are tokenised already; no Python per row.
+
+    word_ids int64 (B,W) without special tokens and word_mask bool (B,W), True on words, which come first in
+    each row; vilex_tokens (B,N,D). The last words of a row that does not fit are cut.
+    """
+    B, W = word_ids.shape
+    N, device = vilex_tokens.shape[1], word_ids.device
+    lead = torch.tensor([*special.prefix, *[special.placeholder] * N], device=device).expand(B, -1)
+    room = context_length - lead.shape[1] - len(special.suffix)
+    words = word_mask.sum(1).clamp(max=room)  # (B,)
+    start = lead.shape[1]
+    input_ids = torch.full((B, context_length), special.pad, dtype=word_ids.dtype, device=device)
+    input_ids[:, :start] = lead
+    input_ids[:, start : start + min(W, room)] = word_ids[:, :room]
+    position = torch.arange(context_length, device=device)
+    end = (start + words)[:, None]  # (B,1)
+    input_ids = torch.where(position < end, input_ids, special.pad)
+    for offset, suffix_id in enumerate(special.suffix):
+        input_ids = torch.where(position == end + offset, suffix_id, input_ids)
+    slots = ((position >= len(special.prefix)) & (position < start)).expand(B, -1)
+    mask = position < end + len(special.suffix)
+    return ComposedPrompt(input_ids, mask, slots, vilex_tokens.flatten(0, 1) if N else None)
+
+
+def embedding_module(text_encoder: PreTrainedModel) -> nn.Module:
+    """The embedding table that forward looks words up in.
+
+    T5's `get_input_embeddings()` is another module than the one its encoder calls.
+    """
+    inner = getattr(text_encoder, "encoder", None)
+    return inner.embed_tokens if hasattr(inner, "embed_tokens") else text_encoder.get_input_embeddings()
+
+
+@contextmanager
+def override_embeddings(text_encoder: PreTrainedModel, slots: Tensor, vectors: Tensor) -> Iterator[None]:
+    """While active, one forward pass of the encoder reads `vectors` (S,D) at `slots` (B,L).
+
+    Raises RuntimeError at the end unless the embedding table was read exactly once.
+    """
+    calls = 0
+
+    def write(module: nn.Module, args: tuple, token_embeds: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return token_embeds.masked_scatter(slots[..., None], vectors.to(token_embeds.dtype))
+
+    with _override_lock:
+        handle = embedding_module(text_encoder).register_forward_hook(write)
+        try:
+            yield
+        finally:
+            handle.remove()
+    if calls != 1:
+        raise RuntimeError(f"the text encoder read its embedding table {calls} times, expected once")

@@ -1,0 +1,129 @@
+"""From noise to a picture: scheduler, one generator per image, guidance, and a step at a time.
+
+`sample_steps` is a generator: closing it is how a caller stops within one step.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from torch import Tensor
+
+from vilex.config import GenerationConfig
+from vilex.diffusion import Conditioning, TextToImage
+from vilex.guidance import BranchWeights, branch_weights, guide, outside_interval
+
+OnStep = Callable[[int, int, Tensor], None]
+_LAMBDA_MIN = -5.1  # the cosine schedule's first steps have almost no signal: without it DPM-Solver++ explodes
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """One condition per guidance branch, each of batch 1 or of the number of pictures."""
+
+    uncond: Conditioning
+    image: Conditioning | None = None
+    joint: Conditioning | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """State after one denoising step: `latents` (B,C,h,w) is the current estimate of the clean picture."""
+
+    index: int
+    num_inference_steps: int
+    latents: Tensor
+
+
+def build_scheduler(name: str, t2i: TextToImage) -> SchedulerMixin:
+    """One of diffusers' schedulers set up for a model. Raises ValueError for Euler in pixel space."""
+    base = {k: v for k, v in t2i.scheduler.config.items() if not k.startswith("_")}
+    shared = base | {"timestep_spacing": "trailing"}
+    if name == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(
+            shared,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            lambda_min_clipped=_LAMBDA_MIN,
+            thresholding=t2i.embedded,
+            sample_max_value=1.0,
+        )
+    if name == "ddim":
+        return DDIMScheduler.from_config(shared, clip_sample=t2i.embedded, set_alpha_to_one=True)
+    if t2i.embedded:
+        raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
+    return EulerDiscreteScheduler.from_config(shared)
+
+
+def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
+    """float32 (B,C,h,w) on the CPU; row i depends on seeds[i] alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def sample_steps(t2i: TextToImage, conditions: Conditions, config: GenerationConfig) -> Iterator[Step]:
+    """Denoises config.num_images pictures, yielding after each step; the last Step holds the result.
+
+    Raises FloatingPointError when the model's output is not finite.
+    """
+    seeds = [config.seed + i for i in range(config.num_images)]
+    denoiser = t2i.denoiser
+    scheduler = build_scheduler(config.scheduler, t2i)
+    scheduler.set_timesteps(config.num_inference_steps, device=denoiser.device)
+    weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
+    batches = {w.needed: _batch(conditions, w.needed, len(seeds), t2i) for w in weights}
+    noisy_latents = draw_noise(seeds, t2i.latent_shape).to(denoiser.device) * scheduler.init_noise_sigma
+    for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
+        model_input = scheduler.scale_model_input(noisy_latents, t)
+        prediction = _predict(t2i, model_input, t, batches[weight.needed], weight)
+        if not torch.isfinite(prediction).all():
+            raise FloatingPointError(f"the model gave values that are not finite at step {i + 1}; try dtype float32")
+        noisy_latents = scheduler.step(prediction, t, noisy_latents, return_dict=False)[0]
+        last = i + 1 == len(weights)
+        estimate = noisy_latents if last else estimate_clean(t2i, model_input, prediction, t)
+        yield Step(i, len(weights), estimate)
+
+
+def sample(
+    t2i: TextToImage, conditions: Conditions, config: GenerationConfig, on_step: OnStep | None = None
+) -> Tensor:
+    """Clean latents (B,C,h,w); on_step(step, num_inference_steps, latents) sees the estimate after each step."""
+    for step in sample_steps(t2i, conditions, config):
+        if on_step is not None:
+            on_step(step.index, step.num_inference_steps, step.latents)
+    return step.latents
+
+
+def estimate_clean(t2i: TextToImage, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+    """The x0 that a prediction at `timestep` (0-d) implies: the cheap preview."""
+    alpha_bar = t2i.scheduler.alphas_cumprod[timestep.long().cpu()].to(noisy_latents)
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if t2i.scheduler.config.prediction_type == "epsilon":
+        return (noisy_latents - noise * prediction) / signal
+    return signal * noisy_latents - noise * prediction
+
+
+def _weights_at(
+    timestep: Tensor, conditions: Conditions, config: GenerationConfig, scheduler: SchedulerMixin
+) -> BranchWeights:
+    level = float(timestep) / scheduler.config.num_train_timesteps
+    scales = (config.guidance_scale, config.tfg_scale)
+    if not config.guidance_low <= level <= config.guidance_high:
+        scales = outside_interval(*scales)
+    return branch_weights(conditions.image is not None, conditions.joint is not None, *scales)
+
+
+def _batch(conditions: Conditions, needed: tuple[str, ...], num_images: int, t2i: TextToImage) -> Conditioning:
+    branches = [getattr(conditions, name) for name in needed]
+    expanded = [c.expand(num_images) if len(c.prompt_embeds) == 1 else c for c in branches]
+    return Conditioning.concatenate(expanded).to(t2i.denoiser.device).to(t2i.denoiser.dtype)
+
+
+def _predict(
+    t2i: TextToImage, model_input: Tensor, timestep: Tensor, condition: Conditioning, weights: BranchWeights
+) -> Tensor:
+    names = weights.needed
+    batch = model_input.repeat(len(names), 1, 1, 1).to(t2i.denoiser.dtype)  # (branches*B,C,h,w)
+    predictions = t2i.denoise(batch, timestep.expand(len(batch)), condition).float().chunk(len(names))
+    return guide(dict(zip(names, predictions, strict=True)), weights)
