@@ -1,0 +1,92 @@
+"""Names for colours: the nearest of a few plain words in CIELAB, for a grid of cells or a whole picture."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+# sRGB of each word, 0..255
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (252, 252, 252),
+    "light gray": (200, 200, 200),
+    "gray": (135, 135, 135),
+    "dark gray": (75, 75, 75),
+    "black": (12, 12, 12),
+    "red": (215, 30, 35),
+    "dark red": (125, 20, 25),
+    "orange": (240, 135, 35),
+    "brown": (120, 75, 45),
+    "dark brown": (60, 40, 28),
+    "tan": (195, 160, 120),
+    "beige": (230, 215, 185),
+    "cream": (250, 243, 220),
+    "yellow": (250, 220, 50),
+    "gold": (205, 160, 50),
+    "olive": (115, 110, 50),
+    "light green": (150, 210, 130),
+    "green": (60, 150, 55),
+    "dark green": (30, 70, 40),
+    "teal": (25, 125, 125),
+    "cyan": (70, 210, 220),
+    "light blue": (160, 200, 235),
+    "blue": (45, 100, 210),
+    "dark blue": (28, 50, 115),
+    "navy": (16, 22, 60),
+    "purple": (120, 50, 150),
+    "lavender": (190, 165, 220),
+    "pink": (245, 150, 180),
+    "magenta": (215, 45, 150),
+}
+# Fine grids have up to 64 words, so each of these is one piece of a BERT vocabulary.
+SHORT_COLOURS: dict[str, tuple[int, int, int]] = {
+    **{name: rgb for name, rgb in COLOURS.items() if " " not in name and name not in ("teal", "cyan", "magenta")},
+    "silver": COLOURS["light gray"],
+    "charcoal": COLOURS["dark gray"],
+    "maroon": COLOURS["dark red"],
+    "turquoise": (50, 175, 180),
+}
+
+_D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
+_SRGB_TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
+    np.float32,
+)
+
+
+def to_lab(colours: np.ndarray) -> np.ndarray:
+    """CIELAB (D65), float32 (..., 3), of sRGB colours 0..255. Source: CIE 1976, IEC 61966-2-1."""
+    srgb = np.asarray(colours, np.float32) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    # einsum, not @: BLAS threads of many worker processes would fight for the cores
+    xyz = np.einsum("...c,xc->...x", linear, _SRGB_TO_XYZ) / _D65
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def nearest_colours(colours: np.ndarray, names: dict[str, tuple[int, int, int]] = COLOURS) -> np.ndarray:
+    """Index (...) into `names` of the word nearest to each sRGB colour (..., 3), 0..255."""
+    words = to_lab(np.array(list(names.values())))  # (K,3)
+    products = np.einsum("...c,kc->...k", to_lab(colours), words)  # (...,K)
+    return np.argmin((words**2).sum(-1) - 2 * products, axis=-1)
+
+
+def cell_means(pixels: np.ndarray, cells: int) -> np.ndarray:
+    """Mean colour of each cell, float32 (B,cells,cells,3), of uint8 pixels (B,3,H,W); H and W need no common factor."""
+    means = pixels.astype(np.float32)
+    for axis in (2, 3):
+        edges = np.linspace(0, pixels.shape[axis], cells + 1).astype(int)
+        shape = [-1 if i == axis else 1 for i in range(4)]
+        means = np.add.reduceat(means, edges[:-1], axis) / np.maximum(np.diff(edges), 1).reshape(shape)
+    return means.transpose(0, 2, 3, 1)
+
+
+def grid_colours(
+    pixels: np.ndarray, cells: int, names: dict[str, tuple[int, int, int]] = COLOURS
+) -> np.ndarray:
+    """Index (B,cells,cells) into `names` of each cell's mean colour, of uint8 pixels (B,3,H,W)."""
+    return nearest_colours(cell_means(pixels, cells), names)
+
+
+def colour_shares(indices: np.ndarray, names: Sequence[str] | dict = COLOURS) -> np.ndarray:
+    """Share of each name, float (B,K) with rows that sum to 1, of colour indices (B,cells,cells)."""
+    return (indices.reshape(len(indices), -1, 1) == np.arange(len(names))).mean(axis=1)
