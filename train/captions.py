@@ -16,13 +16,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from train.colours import COLOURS, SHORT_COLOURS, cell_means, colour_shares, grid_colours, nearest_colours
+from train.colours import COLOURS, SHORT_COLOURS, cell_means, colour_shares, name_cells, nearest_colours, summed_area
 from train.data import Pictures, Record, background_colours
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 LAYOUT_SHARE = 0.75  # captions that say where the colours are
-GRIDS = {3: 0.45, 4: 0.25, 6: 0.20, 8: 0.10}  # share of each number of cells per side among those
-FINE_GRID = 6  # from here on one-piece colour words, and nothing else about colour
+GRIDS = {3: 0.35, 4: 0.20, 6: 0.20, 8: 0.25}  # share of each number of cells per side among those
+FINE_GRID = 6  # from here on a caption says nothing else about colour
 SUBJECT_CHARS = 160  # keeps captions within 120 word pieces; beside a fine grid there is room for half
 POSITIONS = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right"
@@ -31,7 +31,6 @@ _DOMINANT_SHARE = 0.12  # of the picture's area that a colour must cover to be c
 _CHUNK = 256  # pictures measured together by one worker
 
 _COLOUR_WORDS = tuple(COLOURS)
-_SHORT_WORDS = tuple(SHORT_COLOURS)
 
 
 class Chance(Protocol):
@@ -146,9 +145,10 @@ def measure(
 
     backgrounds: (B,3) in [-1,1]. cut_out: bool (B,), which of them to name; all without it.
     """
-    shares = colour_shares(grid_colours(pixels, 16))  # (B,K)
-    grids = {cells: _grid_words(pixels, cells) for cells in GRIDS}
-    lightness = cell_means(pixels, 16).mean(-1).reshape(len(pixels), -1) / 255
+    sums = summed_area(pixels)
+    shares = colour_shares(name_cells(sums, 16))  # (B,K)
+    grids = {cells: _grid_words(sums, cells) for cells in GRIDS}
+    lightness = cell_means(sums, 16).mean(-1).reshape(len(pixels), -1) / 255  # (B,256)
     names = _background_names(len(pixels), backgrounds, cut_out)
     return [
         Look(
@@ -162,9 +162,9 @@ def measure(
     ]
 
 
-def _grid_words(pixels: np.ndarray, cells: int) -> np.ndarray:
-    names = SHORT_COLOURS if cells >= FINE_GRID else COLOURS
-    return np.array(list(names), object)[grid_colours(pixels, cells, names)]  # (B,cells,cells)
+def _grid_words(sums: np.ndarray, cells: int) -> np.ndarray:
+    names = SHORT_COLOURS if cells > 3 else COLOURS  # in rows, where a cell ends must be plain to see
+    return np.array(list(names), object)[name_cells(sums, cells, names)]  # (B,cells,cells)
 
 
 def _dominant(shares: np.ndarray) -> tuple[str, ...]:
@@ -190,12 +190,14 @@ def _compose(record: Record, look: Look, chance: Chance, empty_share: float) -> 
     cells = _grid_size(chance)
     fine = cells >= FINE_GRID
     subject = _subject(record, chance) if chance.random() < 0.9 else ""
-    parts = [textwrap.shorten(subject, SUBJECT_CHARS // (1 + fine), placeholder="")]
+    subject = textwrap.shorten(subject, SUBJECT_CHARS // (1 + fine), placeholder="")
+    parts = [_on_background(subject, look, chance)]
     if not fine:
-        parts += [_background(look, chance), _dominant_words(look, chance), _tone(look, chance)]
+        parts += [_dominant_words(look, chance), _tone(look, chance)]
     if chance.random() < 0.15:
         parts.reverse()
-    parts.append(_layout(look, cells, chance))
+    # rows of one-piece words go first, so that a cell stands at a fixed position of the sequence
+    parts.insert(0 if cells > 3 else len(parts), _layout(look, cells, chance))
     return ". ".join(part for part in parts if part) or look.dominant[0]
 
 
@@ -216,7 +218,7 @@ def _layout(look: Look, cells: int, chance: Chance) -> str:
         return ""
     rows = look.grids[cells]
     if cells > 3:
-        return "rows: " + ", ".join(" ".join(row) for row in rows)
+        return f"{cells} rows: " + ", ".join(" ".join(row) for row in rows)
     words = [f"{position} {colour}" for position, colour in zip(POSITIONS, sum(rows, []), strict=True)]
     count = len(words) if chance.random() < 0.5 else 1 + int(chance.random() * len(words))
     order = sorted(range(len(words)), key=lambda _: chance.random())[:count]
@@ -236,10 +238,12 @@ def _dominant_words(look: Look, chance: Chance) -> str:
     return _pick(chance, f"{first} and {rest[0]}", f"{first} and {rest[0]}", f"mostly {first}")
 
 
-def _background(look: Look, chance: Chance) -> str:
+def _on_background(subject: str, look: Look, chance: Chance) -> str:
     if not look.background or chance.random() >= 0.6:
-        return ""
-    return _pick(chance, "{} background", "on a {} background", "on {}").format(look.background)
+        return subject
+    if subject:
+        return _pick(chance, f"{subject} on {_a(look.background)} background", f"{subject}. {look.background} background")
+    return f"{look.background} background"
 
 
 def _tone(look: Look, chance: Chance) -> str:
@@ -299,7 +303,7 @@ def _emoji(record: Record, chance: Chance) -> str:
     label = record.label
     if record.keywords and chance.random() > 0.7:
         label = f"{label}, {_pick(chance, *record.keywords)}"
-    return _pick(chance, f"{_a(style)} of {label}", f"{style} of {_a(label)}", f"{label}, {style}", f"{label} {style}")
+    return _pick(chance, f"{_a(style)} of {label}", f"{style} of {label}", f"{label}, {style}", f"{label} {style}")
 
 
 _EMOJI_STYLES = {"3D": "3D emoji", "gradient": "gradient emoji", "blob": "blob emoji", "Streamline": "outline emoji"}
@@ -335,8 +339,8 @@ def _clean(word: str) -> str:
     """A file-like name as words, empty when it says nothing."""
     words = html.unescape(word).rpartition(" - ")[2]
     words = re.sub(r"[_#]|\d+\b", " ", words)
-    words = " ".join(words.split())
-    return "" if _JUNK.search(words) or not re.search(r"[a-zA-Z]{2}", words) else words
+    words = " ".join(words.lower().split())
+    return "" if _JUNK.search(words) or not re.search(r"[a-z]{2}", words) else words
 
 
 def _painting(record: Record, chance: Chance) -> str:
@@ -383,10 +387,8 @@ def _adjective(style: str) -> str:
 
 
 def _a(noun: str) -> str:
-    """The noun with its indefinite article; plurals and names of several things stay bare."""
-    if not noun or re.match(r"(an?|the|flag|family|woman|women|man|men|person|people)\b.*\s", noun):
-        return noun
-    if noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
+    """The noun with its indefinite article; plurals stay bare."""
+    if re.match(r"(an?|the)\b|$", noun) or noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
         return noun
     vowel = re.match(r"[aeio]|u(?!ni|ke|se|ti)", noun, re.IGNORECASE) and not re.match(r"eu|one\b", noun, re.IGNORECASE)
     return f"{'an' if vowel else 'a'} {noun}"

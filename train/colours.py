@@ -45,6 +45,8 @@ SHORT_COLOURS: dict[str, tuple[int, int, int]] = {
     "turquoise": (50, 175, 180),
 }
 
+CELL_CHROMA_GAIN = 1.3  # a mean over a cell is grayer than what one sees there
+
 _D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
 _SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
@@ -63,28 +65,50 @@ def to_lab(colours: np.ndarray) -> np.ndarray:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def nearest_colours(colours: np.ndarray, names: dict[str, tuple[int, int, int]] = COLOURS) -> np.ndarray:
-    """Index (...) into `names` of the word nearest to each sRGB colour (..., 3), 0..255."""
+def nearest_colours(
+    colours: np.ndarray, names: dict[str, tuple[int, int, int]] = COLOURS, chroma_gain: float = 1.0
+) -> np.ndarray:
+    """Index (...) into `names` of the word nearest to each sRGB colour (..., 3), 0..255.
+
+    The colours' a* and b* are multiplied by `chroma_gain` first.
+    """
     words = to_lab(np.array(list(names.values())))  # (K,3)
-    products = np.einsum("...c,kc->...k", to_lab(colours), words)  # (...,K)
-    return np.argmin((words**2).sum(-1) - 2 * products, axis=-1)
+    lab = to_lab(colours) * np.array([1, chroma_gain, chroma_gain], np.float32)
+    return np.argmin((words**2).sum(-1) - 2 * np.einsum("...c,kc->...k", lab, words), axis=-1)
 
 
-def cell_means(pixels: np.ndarray, cells: int) -> np.ndarray:
-    """Mean colour of each cell, float32 (B,cells,cells,3), of uint8 pixels (B,3,H,W); H and W need no common factor."""
-    means = pixels.astype(np.float32)
-    for axis in (2, 3):
-        edges = np.linspace(0, pixels.shape[axis], cells + 1).astype(int)
-        shape = [-1 if i == axis else 1 for i in range(4)]
-        means = np.add.reduceat(means, edges[:-1], axis) / np.maximum(np.diff(edges), 1).reshape(shape)
-    return means.transpose(0, 2, 3, 1)
+def summed_area(pixels: np.ndarray) -> np.ndarray:
+    """Sums over all pixels above and left, (B,3,H+1,W+1), of uint8 pixels (B,3,H,W)."""
+    sums = pixels.cumsum(axis=2, dtype=np.int32).cumsum(axis=3, dtype=np.int32)
+    return np.pad(sums, ((0, 0), (0, 0), (1, 0), (1, 0)))
+
+
+def cell_means(sums: np.ndarray, cells: int) -> np.ndarray:
+    """Mean sRGB colour of each cell, float (B,cells,cells,3), of `summed_area`; H and W may be any size.
+
+    Cells overlap by a pixel where the size is no multiple of `cells`.
+    """
+    (top, bottom), (left, right) = (_edges(size - 1, cells) for size in sums.shape[2:])
+    bands = sums[:, :, bottom] - sums[:, :, top]  # (B,3,cells,W+1)
+    totals = bands[..., right] - bands[..., left]  # (B,3,cells,cells)
+    return (totals / np.outer(bottom - top, right - left)).transpose(0, 2, 3, 1)
+
+
+def _edges(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    steps = np.arange(cells + 1) * size
+    return steps[:-1] // cells, -(-steps[1:] // cells)
 
 
 def grid_colours(
     pixels: np.ndarray, cells: int, names: dict[str, tuple[int, int, int]] = COLOURS
 ) -> np.ndarray:
     """Index (B,cells,cells) into `names` of each cell's mean colour, of uint8 pixels (B,3,H,W)."""
-    return nearest_colours(cell_means(pixels, cells), names)
+    return name_cells(summed_area(pixels), cells, names)
+
+
+def name_cells(sums: np.ndarray, cells: int, names: dict[str, tuple[int, int, int]] = COLOURS) -> np.ndarray:
+    """As `grid_colours`, of `summed_area`: many grids of the same pictures share it."""
+    return nearest_colours(cell_means(sums, cells), names, CELL_CHROMA_GAIN)
 
 
 def colour_shares(indices: np.ndarray, names: Sequence[str] | dict = COLOURS) -> np.ndarray:
