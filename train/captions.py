@@ -7,7 +7,7 @@ what is shown, in which style, and where which colour is; wording and completene
 import html
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -83,47 +83,56 @@ def write_captions(
     pictures: Pictures, variants: int, *, seed: int = 0, workers: int = 1, empty_share: float = EMPTY_SHARE
 ) -> list[list[str]]:
     """`variants` captions of each picture; number k is that of epoch k, on `background_colours(seed, k, indices)`."""
-    chunks = torch.arange(len(pictures)).split(_CHUNK)
-    jobs = (_job(pictures, indices, epoch, seed) for indices in chunks for epoch in range(variants))
+    captions = [[""] * variants for _ in pictures.records]
     write = partial(_write_job, seed=seed, empty_share=empty_share)
-    if workers <= 1:
-        written = [write(job) for job in jobs]
-    else:
-        written = _in_processes(write, jobs, workers)
-    by_chunk = [written[start : start + variants] for start in range(0, len(written), variants)]
-    return [list(captions) for chunk in by_chunk for captions in zip(*chunk, strict=True)]
+    for written in _run(write, _jobs(pictures, variants, seed), workers):
+        for index, epoch, caption in written:
+            captions[index][epoch] = caption
+    return captions
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
+    """Pictures that look the same in all of `epochs`."""
+
     records: list[Record]
     indices: list[int]
-    epoch: int
+    epochs: range
     pixels: np.ndarray
-    backgrounds: np.ndarray
-    cut_out: np.ndarray
+    backgrounds: np.ndarray | None
 
 
-def _job(pictures: Pictures, indices: torch.Tensor, epoch: int, seed: int) -> _Job:
-    backgrounds = background_colours(seed, epoch, indices)
+def _jobs(pictures: Pictures, variants: int, seed: int) -> Iterator[_Job]:
+    cut_out = pictures.cut_out.cpu()
+    for indices in torch.nonzero(~cut_out).flatten().split(_CHUNK):
+        yield _job(pictures, indices, range(variants), None)
+    for indices in torch.nonzero(cut_out).flatten().split(_CHUNK):
+        for epoch in range(variants):
+            yield _job(pictures, indices, range(epoch, epoch + 1), background_colours(seed, epoch, indices))
+
+
+def _job(pictures: Pictures, indices: torch.Tensor, epochs: range, backgrounds: torch.Tensor | None) -> _Job:
     pixels = to_uint8(pictures.batch(indices, backgrounds)).numpy(force=True)
-    cut_out = pictures.cut_out.cpu()[indices].numpy()
     records = [pictures.records[index] for index in indices.tolist()]
-    return _Job(records, indices.tolist(), epoch, pixels, backgrounds.numpy(), cut_out)
+    return _Job(records, indices.tolist(), epochs, pixels, None if backgrounds is None else backgrounds.numpy())
 
 
-def _write_job(job: _Job, seed: int, empty_share: float) -> list[str]:
-    looks = measure(job.pixels, job.backgrounds, job.cut_out)
+def _write_job(job: _Job, seed: int, empty_share: float) -> list[tuple[int, int, str]]:
+    looks = measure(job.pixels, job.backgrounds)
     return [
-        _compose(record, look, _chance(seed, index, job.epoch), empty_share)
+        (index, epoch, _compose(record, look, _chance(seed, index, epoch), empty_share))
         for record, look, index in zip(job.records, looks, job.indices, strict=True)
+        for epoch in job.epochs
     ]
 
 
-def _in_processes(write: Callable[[_Job], list[str]], jobs, workers: int) -> list[list[str]]:
-    # not forked: the caller may hold threads and an accelerator
-    with get_context("spawn").Pool(workers) as pool:
-        return list(pool.imap(write, jobs))
+def _run(write: Callable[[_Job], list], jobs: Iterator[_Job], workers: int) -> Iterator[list[tuple[int, int, str]]]:
+    if workers <= 1:
+        yield from map(write, jobs)
+    else:
+        # not forked: the caller may hold threads and an accelerator
+        with get_context("spawn").Pool(workers) as pool:
+            yield from pool.imap(write, jobs)
 
 
 def _chance(seed: int, index: int, epoch: int) -> np.random.Generator:
@@ -138,18 +147,13 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 # What the pixels say
 
 
-def measure(
-    pixels: np.ndarray, backgrounds: np.ndarray | None = None, cut_out: np.ndarray | None = None
-) -> list[Look]:
-    """The look of each picture of uint8 pixels (B,3,H,W).
-
-    backgrounds: (B,3) in [-1,1]. cut_out: bool (B,), which of them to name; all without it.
-    """
+def measure(pixels: np.ndarray, backgrounds: np.ndarray | None = None) -> list[Look]:
+    """The look of each picture of uint8 pixels (B,3,H,W); cut-outs were laid on `backgrounds` (B,3) in [-1,1]."""
     sums = summed_area(pixels)
     shares = colour_shares(name_cells(sums, 16))  # (B,K)
     grids = {cells: _grid_words(sums, cells) for cells in GRIDS}
     lightness = cell_means(sums, 16).mean(-1).reshape(len(pixels), -1) / 255  # (B,256)
-    names = _background_names(len(pixels), backgrounds, cut_out)
+    names = _background_names(len(pixels), backgrounds)
     return [
         Look(
             _dominant(shares[i]),
@@ -173,12 +177,10 @@ def _dominant(shares: np.ndarray) -> tuple[str, ...]:
     return tuple(_COLOUR_WORDS[i] for rank, i in enumerate(order) if rank == 0 or shares[i] >= _DOMINANT_SHARE)
 
 
-def _background_names(count: int, backgrounds: np.ndarray | None, cut_out: np.ndarray | None) -> list[str]:
+def _background_names(count: int, backgrounds: np.ndarray | None) -> list[str]:
     if backgrounds is None:
         return [""] * count
-    named = np.ones(count, bool) if cut_out is None else cut_out
-    indices = nearest_colours((np.asarray(backgrounds) + 1) * 127.5)
-    return [_COLOUR_WORDS[i] if name else "" for i, name in zip(indices, named, strict=True)]
+    return [_COLOUR_WORDS[i] for i in nearest_colours((np.asarray(backgrounds) + 1) * 127.5)]
 
 
 # Putting a caption together

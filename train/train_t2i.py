@@ -25,7 +25,7 @@ from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.checkpoint import load_pretrained
 from vilex.config import GenerationConfig, T2IConfig
-from vilex.diffusion import Conditioning, TextToImage, build_scheduler_config, load_t2i
+from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler, load_t2i
 from vilex.images import contact_sheet, to_images
 from vilex.minilm import load_text_encoder
 from vilex.prompt import ComposedPrompt, compose
@@ -85,15 +85,13 @@ def tabulate_captions(
     pictures: Pictures, tokenizer: object, config: TrainConfig, context_length: int, workers: int
 ) -> CaptionTable:
     """Writes and tokenises config.caption_variants captions of every picture."""
-    variants = []
-    for k in range(config.caption_variants):
-        texts = write_captions(
-            pictures, seed=config.seed, epoch=k, empty_fraction=config.empty_fraction, workers=workers
-        )
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=context_length)
-        variants.append((torch.tensor(tokens.input_ids), torch.tensor(tokens.attention_mask).sum(1)))
-    ids, lengths = zip(*variants, strict=True)
-    return CaptionTable(torch.stack(ids, 1).short(), torch.stack(lengths, 1).short())
+    texts = write_captions(
+        pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction
+    )
+    flat = [text for captions in texts for text in captions]
+    tokens = tokenizer(flat, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
+    ids = tokens.input_ids.view(len(texts), config.caption_variants, context_length)  # (S,K,L)
+    return CaptionTable(ids.short(), tokens.attention_mask.view_as(ids).sum(2).short())
 
 
 def draw_batch(
@@ -149,7 +147,7 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
         denoiser = build_unet(preset.unet, encoder.config.hidden_size)
     else:
         denoiser = load_pretrained(UNet2DConditionModel, init_from / "unet")
-    return TextToImage(config, tokenizer, encoder, denoiser, build_scheduler_config())
+    return TextToImage(config, tokenizer, encoder, denoiser, build_noise_scheduler())
 
 
 def sample_prompts(t2i: TextToImage, prompts: Sequence[str], config: GenerationConfig) -> Tensor:

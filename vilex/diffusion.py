@@ -4,6 +4,7 @@ One class covers the embedded pixel-space model and Stable Diffusion 1.x / 2.x; 
 VAE latents, attention mask and pooled vector or not) is decided once, when the model is loaded.
 """
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,9 +43,10 @@ class Conditioning:
         """The same condition for every picture of a batch; B must be 1."""
         return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in self._tensors().items()})
 
-    def to(self, *args: torch.device | torch.dtype) -> Self:
+    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Moved or cast; the mask stays boolean."""
-        return replace(self, **{k: v.to(*args) if k != "mask" else v.to(args[0] if isinstance(args[0], torch.device) else v.device) for k, v in self._tensors().items()})
+        moved = {k: v.to(device) if k == "mask" else v.to(device, dtype) for k, v in self._tensors().items()}
+        return replace(self, **moved)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {k: v for k in ("prompt_embeds", "pooled", "mask") if (v := getattr(self, k)) is not None}
@@ -143,9 +145,8 @@ class TextToImage(nn.Module):
             "scheduler": ["diffusers", "DDPMScheduler"],
         }
         folder.mkdir(parents=True, exist_ok=True)
-        original = self.denoiser.dtype
-        self.denoiser.to(dtype).save_pretrained(folder / "unet", max_shard_size=max_shard_size)
-        self.denoiser.to(original)
+        narrow = nn.Module.to(copy.deepcopy(self.denoiser), dtype)  # diffusers' own `to` warns about casts
+        narrow.save_pretrained(folder / "unet", max_shard_size=max_shard_size)
         self.scheduler.save_pretrained(folder / "scheduler")
         if self.vae is None:
             (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
@@ -168,7 +169,7 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def build_scheduler_config(**changes: object) -> DDPMScheduler:
+def build_noise_scheduler(**changes: object) -> DDPMScheduler:
     """The noise schedule of the embedded models."""
     return DDPMScheduler(**SCHEDULER | changes)
 

@@ -1,0 +1,107 @@
+"""Tiny random parts: the whole pipeline at width 8, with no network and no weights."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import vilex  # noqa: I001  first: it mends a mismatched torchvision
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+
+from train.presets import PRESETS, build_unet
+from vilex.config import T2IConfig
+from vilex.diffusion import TextToImage, build_noise_scheduler
+
+assert vilex
+torch.set_num_threads(1)
+
+WORDS = "a an the of in on photo painting sketch red green blue dog cat style monet van gogh beach rows mostly".split()
+
+
+def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with the special tokens of BERT, CLIP or T5 around a text."""
+    names = {
+        "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        "clip": ["!", "[UNK]"],
+        "t5": ["<pad>", "</s>", "[UNK]"],
+    }[kind]
+    tail = ["<|start|>", "<|end|>"] if kind == "clip" else []  # CLIP's EOS has the largest id
+    vocabulary = {word: i for i, word in enumerate([*names, *WORDS, ",", ".", *tail])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    around = {"bert": "[CLS] $A [SEP]", "clip": "<|start|> $A <|end|>", "t5": "$A </s>"}[kind]
+    used = [(name, vocabulary[name]) for name in around.split() if name != "$A"]
+    core.post_processor = processors.TemplateProcessing(single=around, special_tokens=used)
+    special = {
+        "bert": {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"},
+        "clip": {"pad_token": "<|end|>", "bos_token": "<|start|>", "eos_token": "<|end|>"},
+        "t5": {"pad_token": "<pad>", "eos_token": "</s>"},
+    }[kind]
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", model_max_length=24, **special)
+
+
+def build_bert(vocabulary: int, width: int = 8) -> BertModel:
+    """A random BERT of one layer."""
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    return BertModel(config).eval()
+
+
+def build_clip(tokenizer: PreTrainedTokenizerFast, eos_token_id: int | None = None, width: int = 8) -> CLIPTextModel:
+    """A random CLIP text encoder of one layer; `eos_token_id` 2 selects pooling at the largest id."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos_token_id is None else eos_token_id, pad_token_id=1,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer("bert")
+
+
+@pytest.fixture
+def t2i(tokenizer: PreTrainedTokenizerFast) -> TextToImage:
+    """An embedded 32 px model with a 24-position context, random from a fixed seed."""
+    torch.manual_seed(0)
+    unet = build_unet(PRESETS["tiny"].unet, text_width=8)
+    config = T2IConfig(pixel_unshuffle=4, context_length=24, text_encoder="")
+    return TextToImage(config, tokenizer, build_bert(len(tokenizer)), unet, build_noise_scheduler())
+
+
+@pytest.fixture
+def stable_diffusion() -> TextToImage:
+    """A model in Stable Diffusion's layout: 16 px pictures, 8x8 latents, CLIP text."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer("clip")
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    config = T2IConfig(context_length=24, text_encoder="")
+    return TextToImage(config, tokenizer, build_clip(tokenizer), unet, scheduler, vae)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """48x32 with a different colour in each corner."""
+    image = Image.new("RGB", (48, 32), "white")
+    for box, colour in (((0, 0, 24, 16), "red"), ((24, 0, 48, 16), "green"), ((0, 16, 24, 32), "blue")):
+        image.paste(colour, box)
+    return image
