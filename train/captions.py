@@ -104,11 +104,16 @@ class _Job:
 
 def _jobs(pictures: Pictures, variants: int, seed: int) -> Iterator[_Job]:
     cut_out = pictures.cut_out.cpu()
-    for indices in torch.nonzero(~cut_out).flatten().split(_CHUNK):
+    for indices in _chunks(~cut_out):
         yield _job(pictures, indices, range(variants), None)
-    for indices in torch.nonzero(cut_out).flatten().split(_CHUNK):
+    for indices in _chunks(cut_out):
         for epoch in range(variants):
             yield _job(pictures, indices, range(epoch, epoch + 1), background_colours(seed, epoch, indices))
+
+
+def _chunks(mask: torch.Tensor) -> list[torch.Tensor]:
+    indices = torch.nonzero(mask).flatten()
+    return list(indices.split(_CHUNK)) if len(indices) else []
 
 
 def _job(pictures: Pictures, indices: torch.Tensor, epochs: range, backgrounds: torch.Tensor | None) -> _Job:
@@ -270,7 +275,7 @@ def _subject(record: Record, chance: Chance) -> str:
 
 def _any_subject(record: Record, chance: Chance) -> str:
     if record.captions:
-        return _pick(chance, *record.captions).strip().rstrip(".")
+        return _pick(chance, *record.captions).strip(" .")
     if record.artist or record.genre:
         return _painting(record, chance)
     if record.label and record.style:
