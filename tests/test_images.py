@@ -241,9 +241,19 @@ def linear_rgb_profile():
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_colour_profile_is_applied_and_dropped(mode):
     grey = Image.new("RGB", (20, 30), (55, 55, 55)).convert(mode)
+    if mode == "RGBA":
+        grey.putpixel((0, 0), (*RED, 0))
     loaded = load_image(encoded(grey, icc_profile=linear_rgb_profile()))
     np.testing.assert_allclose(loaded.getpixel((3, 3)), 128, atol=2)  # 55/255 linear is 128/255 in sRGB
+    assert loaded.getpixel((0, 0)) == ((255,) * 3 if mode == "RGBA" else loaded.getpixel((3, 3)))
     assert "icc_profile" not in loaded.info
+
+
+def test_large_jpegs_are_decoded_at_a_fraction(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(images, "_upright", lambda image: decoded.append(image.size) or image.copy())
+    load_image(encoded(Image.new("RGB", (8200, 1000)), "JPEG"))
+    assert decoded == [(2050, 250)]
 
 
 def test_the_first_frame_is_used_and_noted():

@@ -70,8 +70,8 @@ class SpanUpsampler:
     def _run(self, array: np.ndarray) -> np.ndarray:
         with self._lock:
             extractor = self._net.create_extractor()
-            # ncnn.Mat(array) only borrows the array's memory: clone, and copy the result out of the extractor's
-            extractor.input("data", self._ncnn.Mat(array).clone())
+            # ncnn.Mat only borrows memory: `array` outlives the run, and the result is copied out of the extractor
+            extractor.input("data", self._ncnn.Mat(array))
             code, output = extractor.extract("output")
             if code != 0:
                 raise RuntimeError(f"ncnn stopped with code {code} on a picture of shape {array.shape}")
