@@ -1,5 +1,6 @@
 """Encoders: our ViT and open_clip's towers, each with its own preprocessing, and what they refuse."""
 
+import dataclasses
 import json
 
 import open_clip
@@ -11,6 +12,8 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from vilex import encoder as encoder_module
+from vilex.checkpoint import load_module, save_module
 from vilex.config import EncoderConfig, PoolerConfig
 from vilex.encoder import build_encoder
 from vilex.pooler import VilexPooler
@@ -116,6 +119,29 @@ def test_normalisation_follows_the_config():
     mean, std = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1), torch.tensor([0.5, 0.25, 0.2]).view(3, 1, 1)
     torch.testing.assert_close(encoder._preprocess(pixels), ((pixels + 1) / 2 - mean) / std)
     assert torch.equal(build_encoder(OWN)._preprocess(_pixels(24, 24)), _pixels(24, 24))
+
+
+def test_normalisation_travels_with_the_weights(tmp_path):
+    """A tower is fine-tuned from pretrained weights and rebuilt without them."""
+    trained = build_encoder(dataclasses.replace(OWN, image_mean=(0.1, 0.2, 0.3), image_std=(0.5, 0.25, 0.2)))
+    rebuilt = build_encoder(OWN)
+    save_module(trained, tmp_path)
+    load_module(rebuilt, tmp_path)
+    assert torch.equal(rebuilt(_pixels(17, 30)), trained(_pixels(17, 30)))
+
+
+@pytest.mark.parametrize(
+    ("name", "pretrained", "mean"),
+    [
+        ("ViT-B-16-SigLIP", "webli", 0.5),
+        ("ViT-B-16-SigLIP", None, 0.5),
+        ("ViT-B-16-SigLIP", "/some/file.safetensors", 0.5),
+        ("ViT-L-14", "openai", 0.48145466),
+        ("ViT-L-14", "laion2b_s32b_b82k", 0.5),
+    ],
+)
+def test_published_preprocessing_is_that_of_the_tag_or_the_architecture(name, pretrained, mean):
+    assert encoder_module._published_preprocess(name, pretrained)["mean"][0] == mean
 
 
 def test_resizing_is_antialiased():

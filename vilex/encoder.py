@@ -26,9 +26,10 @@ class PatchEncoder(nn.Module):
         self.tower = tower
         self.image_size = image_size
         mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        # ((pixels + 1) / 2 - mean) / std in one product
-        self.register_buffer("scale", 0.5 / std, persistent=False)
-        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+        # ((pixels + 1) / 2 - mean) / std in one product. Both are saved with the weights: open_clip keeps them per
+        # pretrained tag, and a fine-tuned tower is built again without one.
+        self.register_buffer("scale", 0.5 / std)
+        self.register_buffer("shift", (0.5 - mean) / std)
         self.num_patches, self.patch_width = self._measure()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -108,12 +109,20 @@ def _build_open_clip(config: EncoderConfig, pretrained: str | None) -> PatchEnco
     height, width = visual.image_size
     if height != width:
         raise ValueError(f"{name} takes {width} x {height} pixels, and only square towers are supported")
-    preprocess = visual.preprocess_cfg
+    preprocess = visual.preprocess_cfg | _published_preprocess(name, pretrained)
     try:
         return PatchEncoder(config, _OpenClipTower(visual), height, preprocess["mean"], preprocess["std"])
     except AssertionError as error:  # how timm says that a network has feature maps only
         trunk = type(getattr(visual, "trunk", visual)).__name__
         raise ValueError(f"{name} has no patch tokens: its tower is a {trunk}") from error
+
+
+def _published_preprocess(name: str, pretrained: str | None) -> dict[str, RGB]:
+    # Without a tag open_clip takes CLIP's own mean and std, which are not those of SigLIP.
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    tag = pretrained if pretrained in tags else next(iter(tags), "")
+    published = open_clip.get_pretrained_cfg(name, tag)
+    return {key: published[key] for key in ("mean", "std") if published.get(key)}
 
 
 def _load_visual(name: str, pretrained: str | None) -> nn.Module:
