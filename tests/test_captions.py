@@ -27,7 +27,7 @@ from train.colours import COLOURS, SHORT_COLOURS, cell_means, grid_colours, near
 from train.data import Pictures, Record, background_colours
 
 NAMES = list(COLOURS)
-MONET = Record("0", "wikiart", style="Impressionism", artist="Claude Monet", genre="landscape", title="the seine", year=1880)  # fmt: skip
+MONET = Record("0", "wikiart", style="Impressionism", artist="Claude Monet", genre="landscape", title="the seine")
 RECORDS = [
     MONET,
     Record("1", "tiny-imagenet", label="orange", keywords=("citrus",)),
@@ -206,7 +206,7 @@ def test_style_and_content_are_told_apart():
 @pytest.mark.parametrize(
     ("record", "wordings"),
     [
-        (RECORDS[0], ["by Claude Monet", "in the style of", "Impressionist ", ", Impressionism", "the seine", "by Monet"]),
+        (MONET, ["by Claude Monet", "in the style of", "Impressionist ", ", Impressionism", "the seine", "by Monet"]),
         (RECORDS[1], ["a photo of an orange", "citrus"]),
         (RECORDS[5], ["Fluent 3D emoji", "a 3D emoji of volcano", "eruption"]),
         (RECORDS[6], ["sketch of a guitar", "line drawing"]),

@@ -46,7 +46,8 @@ def write_table(path, rows: list[dict]) -> None:
 @pytest.fixture
 def table(tmp_path):
     row = {"image": {"bytes": encode(halves().convert("RGB")), "path": "a.webp"}, "source": "photos", "label": "wall",
-           "captions": ["a wall", "two colours"], "keywords": None, "style": None, "year": 1901, "bbox": [1, 2, 3, 4]}  # fmt: skip
+           "captions": ["a wall", "two colours"], "keywords": None, "style": None,
+           "year": 1901, "bbox": [1, 2, 3, 4]}  # fmt: skip
     cut = {**row, "image": {"bytes": encode(halves(alpha=0)), "path": "b.webp"}, "source": "icons", "captions": None}
     write_table(tmp_path / "two.parquet", [row, cut])
     return tmp_path / "two.parquet"
@@ -146,9 +147,8 @@ def test_shard_pairs_pictures_with_text_and_json(tmp_path):
 
 
 def test_hub_data_set_gives_label_names(monkeypatch):
-    features = datasets.Features(
-        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "polar_bear"]), "text": datasets.Value("string")}
-    )  # fmt: skip
+    labels = datasets.ClassLabel(names=["cat", "polar_bear"])
+    features = datasets.Features({"img": datasets.Image(), "label": labels, "text": datasets.Value("string")})
     rows = {"img": [{"bytes": encode(halves()), "path": None}] * 2, "label": [1, 0], "text": ["white", None]}
     asked = []
     table = datasets.Dataset.from_dict(rows, features=features)

@@ -248,9 +248,8 @@ def _dominant_words(look: Look, chance: Chance) -> str:
 def _on_background(subject: str, look: Look, chance: Chance) -> str:
     if not look.background or chance.random() >= 0.6:
         return subject
-    if subject:
-        return _pick(chance, f"{subject} on {_a(look.background)} background", f"{subject}. {look.background} background")
-    return f"{look.background} background"
+    words = f"{look.background} background"
+    return _pick(chance, f"{subject} on {_a(words)}", f"{subject}. {words}") if subject else words
 
 
 def _tone(look: Look, chance: Chance) -> str:
