@@ -118,7 +118,9 @@ class TrainState:
             self.ema.restore(self.module.parameters())
 
 
-def train(state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[], dict[str, float]]) -> None:
+def train(
+    state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[], dict[str, float]], flops_per_picture: float
+) -> None:
     """Runs the steps that are left.
 
     model: the module as prepared by accelerate (it may be wrapped or compiled); on_sample writes sample
@@ -140,7 +142,10 @@ def train(state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[
                 raise FloatingPointError(f"the loss is {mean} at step {state.global_step}; lower the learning rate")
             speed = (state.global_step - since) * config.batch_size / (time.perf_counter() - started)
             rate = lr_schedule(config, state.global_step - 1) * state.base_rates[0]
-            state.log_metrics(loss=mean, grad_norm=float(grad_norm), learning_rate=rate, images_per_second=speed)
+            state.log_metrics(
+                loss=mean, grad_norm=float(grad_norm), learning_rate=rate, images_per_second=speed,
+                tflops=speed * flops_per_picture / 1e12,
+            )  # fmt: skip
             bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
             started, since = time.perf_counter(), state.global_step
             total.zero_()

@@ -67,9 +67,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     start = next(i for i in range(len(whole)) if whole[i : i + len(body)] == body)
     reserved = set(tokenizer.all_special_ids) | {tokenizer.pad_token_id, 0}
     placeholder = next(i for i in range(len(tokenizer)) if i not in reserved)
-    suffix = tuple(whole[start + len(body) :])
-    assert not suffix or placeholder < suffix[-1] or suffix[-1] in tokenizer.all_special_ids
-    return SpecialTokens(tuple(whole[:start]), suffix, tokenizer.pad_token_id, placeholder)
+    suffix = whole[start + len(body) :]
+    return SpecialTokens(tuple(whole[:start]), tuple(suffix), tokenizer.pad_token_id, placeholder)
 
 
 def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | int]:
@@ -96,14 +95,30 @@ def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | i
     return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
 
 
-def fit_budget(image_lengths: Sequence[int], num_words: int, capacity: int) -> tuple[list[int], int]:
-    """Tokens kept of each image occurrence and of the words: the longest image gives up its tail first,
-    down to one token each; only then the last words go.
+def words_removed(text: str, num_images: int, names: Sequence[str] = ()) -> str:
+    """The prompt with its images in the same order and no words: the v of [v, c]."""
+    return "".join(f"<image:{s + 1}>" for s in parse(text, num_images, names) if isinstance(s, int))
+
+
+def has_words(text: str, num_images: int, names: Sequence[str] = ()) -> bool:
+    """Whether anything but images stands in the prompt."""
+    return any(isinstance(s, str) for s in parse(text, num_images, names))
+
+
+def fit_budget(
+    lengths: Sequence[int], occurrences: Sequence[int], num_words: int, capacity: int
+) -> tuple[list[int], int]:
+    """Tokens kept of each image and of the words: the longest image gives up its tail first, down to one
+    token each; only then the last words go.
     """
-    kept = list(image_lengths)
-    while sum(kept) + num_words > capacity and max(kept, default=1) > 1:
+    kept = list(lengths)
+
+    def total() -> int:
+        return sum(k * n for k, n in zip(kept, occurrences, strict=True))
+
+    while total() + num_words > capacity and max(kept, default=1) > 1:
         kept[kept.index(max(kept))] -= 1
-    return kept, max(0, min(num_words, capacity - sum(kept)))
+    return kept, max(0, min(num_words, capacity - total()))
 
 
 def compose(
@@ -115,56 +130,46 @@ def compose(
 ) -> ComposedPrompt:
     """One prompt (B=1) from words and images.
 
-    vilex_tokens: one (N,D) tensor per image, N free. Raises ValueError when the images alone do not fit.
+    vilex_tokens: one (N,D) tensor per image, N free; names: those that `[name]` may use, one per image.
+    Raises ValueError when the images do not fit at one token each, or the text names one that is not there.
     """
     special = special_tokens(tokenizer)
     segments = parse(text, len(vilex_tokens), names)
-    ids = [tokenizer(s, add_special_tokens=False).input_ids if isinstance(s, str) else s for s in segments]
-    images = [s for s in segments if isinstance(s, int)]
+    runs = [s if isinstance(s, int) else tokenizer(s, add_special_tokens=False).input_ids for s in segments]
+    occurrences = [runs.count(i) for i in range(len(vilex_tokens))]
     capacity = context_length - len(special.prefix) - len(special.suffix)
-    if len(images) > capacity:
-        raise ValueError(f"{len(images)} images do not fit into {capacity} positions")
-    words = sum(len(run) for run in ids if isinstance(run, list))
-    lengths, num_words = fit_budget([len(vilex_tokens[i]) for i in images], words, capacity)
-    return _assemble(ids, vilex_tokens, lengths, num_words, special, tokenizer, context_length)
-
-
-def _assemble(
-    ids: list[list[int] | int],
-    vilex_tokens: Sequence[Tensor],
-    lengths: list[int],
-    num_words: int,
-    special: SpecialTokens,
-    tokenizer: PreTrainedTokenizerBase,
-    context_length: int,
-) -> ComposedPrompt:
-    row, slots, vectors, cut = list(special.prefix), [False] * len(special.prefix), [], []
-    kept = [len(tokens) for tokens in vilex_tokens]
-    remaining, length = num_words, iter(lengths)
-    for run in ids:
-        if isinstance(run, int):
-            n = next(length)
-            kept[run] = min(kept[run], n)
-            vectors.append(vilex_tokens[run][:n])
-            row += [special.placeholder] * n
-            slots += [True] * n
-        else:
-            row += run[:remaining]
-            slots += [False] * len(run[:remaining])
-            cut += run[remaining:]
-            remaining -= len(run[:remaining])
-    row += special.suffix
-    padding = context_length - len(row)
+    if sum(occurrences) > capacity:
+        raise ValueError(f"{sum(occurrences)} images do not fit into {capacity} positions")
+    asked = tuple(len(tokens) for tokens in vilex_tokens)
+    words = [word for run in runs if isinstance(run, list) for word in run]
+    kept, num_words = fit_budget(asked, occurrences, len(words), capacity)
+    row, slots = _lay_out(runs, kept, num_words, special)
+    padding = [False] * (context_length - len(row))
+    vectors = [vilex_tokens[run][: kept[run]] for run in runs if isinstance(run, int)]
     return ComposedPrompt(
-        input_ids=torch.tensor([row + [special.pad] * padding]),
-        attention_mask=torch.tensor([[True] * len(row) + [False] * padding]),
-        slots=torch.tensor([slots + [False] * (context_length - len(slots))]),
+        input_ids=torch.tensor([row + [special.pad] * len(padding)]),
+        attention_mask=torch.tensor([[True] * len(row) + padding]),
+        slots=torch.tensor([slots + padding]),
         vectors=torch.cat(vectors) if vectors else None,
         kept=tuple(kept),
-        asked=tuple(len(tokens) for tokens in vilex_tokens),
+        asked=asked,
         num_words=num_words,
-        cut_words=tokenizer.decode(cut).strip(),
+        cut_words=tokenizer.decode(words[num_words:]).strip(),
     )
+
+
+def _lay_out(
+    runs: Sequence[int | list[int]], kept: Sequence[int], num_words: int, special: SpecialTokens
+) -> tuple[list[int], list[bool]]:
+    """Ids of one unpadded row, and which of them are slots."""
+    row, slots = list(special.prefix), [False] * len(special.prefix)
+    for run in runs:
+        is_image = isinstance(run, int)
+        ids = [special.placeholder] * kept[run] if is_image else run[:num_words]
+        num_words -= 0 if is_image else len(ids)
+        row += ids
+        slots += [is_image] * len(ids)
+    return row + list(special.suffix), slots + [False] * len(special.suffix)
 
 
 def compose_leading(

@@ -117,7 +117,7 @@ def _weights_at(
 def _batch(conditions: Conditions, needed: tuple[str, ...], num_images: int, t2i: TextToImage) -> Conditioning:
     branches = [getattr(conditions, name) for name in needed]
     expanded = [c.expand(num_images) if len(c.prompt_embeds) == 1 else c for c in branches]
-    return Conditioning.concatenate(expanded).to(t2i.denoiser.device).to(t2i.denoiser.dtype)
+    return Conditioning.concatenate(expanded).to(t2i.denoiser.device, t2i.denoiser.dtype)
 
 
 def _predict(

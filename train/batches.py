@@ -1,0 +1,72 @@
+"""What one training step reads: pictures and token ids of captions, both functions of (seed, step)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from train.data import Pictures, background_colours, batch_indices
+from train.presets import TrainConfig
+from train.state import step_generator
+from vilex.prompt import ComposedPrompt
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """Token ids of K texts per picture: ids int16 (S,K,L), lengths int16 (S,K), special tokens included."""
+
+    ids: Tensor
+    lengths: Tensor
+
+    @property
+    def variants(self) -> int:
+        return self.ids.shape[1]
+
+    def to(self, device: torch.device) -> "CaptionTable":
+        """The same table on another device."""
+        return CaptionTable(self.ids.to(device), self.lengths.to(device))
+
+    def rows(self, indices: Tensor, variant: Tensor, trim: bool) -> tuple[Tensor, Tensor]:
+        """Ids int64 (B,L) and mask bool (B,L); with trim, L is the longest row's length rounded up to 8."""
+        ids, lengths = self.ids[indices, variant].long(), self.lengths[indices, variant].long()
+        if trim:
+            ids = ids[:, : -(-int(lengths.max()) // 8) * 8]
+        return ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+
+    def prompt(self, indices: Tensor, variant: Tensor, trim: bool) -> ComposedPrompt:
+        """Prompts of words alone, (B,L)."""
+        ids, mask = self.rows(indices, variant, trim)
+        return ComposedPrompt(ids, mask, torch.zeros_like(mask))
+
+
+def tabulate(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, context_length: int) -> CaptionTable:
+    """Tokenises K texts for each of S pictures; what is longer than the context is cut."""
+    flat = [text for variants in texts for text in variants]
+    tokens = tokenizer(flat, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
+    ids = tokens.input_ids.view(len(texts), -1, context_length)  # (S,K,L)
+    return CaptionTable(ids.short(), tokens.attention_mask.view_as(ids).sum(2).short())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """indices int64 (B,), caption variants int64 (B,), pixels (B,3,H,W) in [-1,1]."""
+
+    indices: Tensor
+    variant: Tensor
+    pixels: Tensor
+
+
+def draw_batch(
+    pictures: Pictures, variants: int, config: TrainConfig, weights: Tensor | None, global_step: int, share: slice
+) -> Batch:
+    """The `share` of one step's pictures, a function of (seed, step).
+
+    A cut-out picture stands on the background of its caption variant, so words and colours agree.
+    """
+    indices = batch_indices(config.seed, global_step, config.batch_size, len(pictures), weights)
+    variant = torch.randint(variants, (len(indices),), generator=step_generator(config.seed, global_step))
+    indices, variant = indices[share], variant[share]
+    pixels = pictures.batch(indices, background_colours(config.seed, variant, indices))
+    return Batch(indices.to(pixels.device), variant.to(pixels.device), pixels)
