@@ -1,5 +1,6 @@
 """Tiny random parts: the whole pipeline at width 8, with no network and no weights."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,6 +18,8 @@ from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, P
 from train.presets import PRESETS, build_unet
 from vilex.config import T2IConfig
 from vilex.diffusion import TextToImage, build_noise_scheduler
+from vilex.model import ViLex
+from vilex.pipeline import VilexPipeline
 
 assert vilex
 torch.set_num_threads(1)
@@ -105,3 +108,12 @@ def picture() -> Image.Image:
     for box, colour in (((0, 0, 24, 16), "red"), ((24, 0, 48, 16), "green"), ((0, 16, 24, 32), "blue")):
         image.paste(colour, box)
     return image
+
+
+@pytest.fixture
+def pipeline(t2i: TextToImage) -> VilexPipeline:
+    """The whole road at width 8."""
+    torch.manual_seed(1)
+    preset = PRESETS["tiny"]
+    pooler = dataclasses.replace(preset.pooler, text_width=8)
+    return VilexPipeline(t2i, ViLex(preset.encoder, pooler), "tiny")

@@ -1,0 +1,193 @@
+"""Prompts in which pictures are words."""
+
+import pytest
+import torch
+from conftest import build_bert, build_clip, build_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import T5Config, T5EncoderModel
+
+from vilex.prompt import (
+    compose,
+    compose_leading,
+    fit_budget,
+    has_words,
+    override_embeddings,
+    parse,
+    special_tokens,
+    words_removed,
+)
+
+LENGTH = 24
+
+
+def build_t5(tokenizer):
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, pad_token_id=0,
+        eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def build_pair(kind):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(kind.partition("-")[0])
+    if kind == "bert":
+        return tokenizer, build_bert(len(tokenizer))
+    if kind == "t5":
+        return tokenizer, build_t5(tokenizer)
+    return tokenizer, build_clip(tokenizer, eos_token_id=2 if kind == "clip-largest" else None)
+
+
+KINDS = ("bert", "clip-eos", "clip-largest", "t5")
+
+
+@pytest.mark.parametrize(
+    ("text", "num_images", "names", "expected"),
+    [
+        ("a dog", 0, (), ["a dog"]),
+        ("", 1, (), [0]),
+        ("a dog", 2, (), [0, 1, "a dog"]),
+        ("<image> on a beach", 1, (), [0, " on a beach"]),
+        ("<image> and <image>", 2, (), [0, " and ", 1]),
+        ("<image> and <image>", 1, (), [0, " and ", 0]),
+        ("<image:2> in <image:1>", 2, (), [1, " in ", 0]),
+        ("a [corgi] riding [bike]", 2, ("corgi", "bike"), ["a ", 0, " riding ", 1]),
+        ("a [corgi]", 1, (), [0, "a [corgi]"]),
+        ("<image:2>", 2, (), [0, 1]),
+    ],
+)
+def test_parse(text, num_images, names, expected):
+    assert parse(text, num_images, names) == expected
+
+
+@pytest.mark.parametrize("text", ["<image:3>", "<image:0>", "<image:1> <image:9>"])
+def test_a_number_without_an_image_is_refused(text):
+    with pytest.raises(ValueError, match=r"asks for an image that is not there: the prompt has 2"):
+        parse(text, 2)
+
+
+def test_a_placeholder_without_any_image_is_refused():
+    with pytest.raises(ValueError, match="the prompt has 0"):
+        parse("<image> on a beach", 0)
+
+
+def test_words_removed_keeps_images_in_order():
+    assert parse(words_removed("a <image:2> in <image:1>, blue", 2), 2) == [1, 0]
+    assert has_words("<image> .", 1)
+    assert not has_words(" <image>  ", 1)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 80), max_size=4),
+    num_words=st.integers(0, 120),
+    capacity=st.integers(4, 126),
+)
+def test_the_longest_image_gives_up_first_and_words_last(lengths, num_words, capacity):
+    kept, words = fit_budget(lengths, [1] * len(lengths), num_words, capacity)
+    assert sum(kept) + words <= capacity
+    assert all(1 <= k <= n for k, n in zip(kept, lengths, strict=True))
+    assert words == num_words or all(k == 1 for k in kept)
+    trimmed = [k for k, n in zip(kept, lengths, strict=True) if k < n]
+    assert not trimmed or max(trimmed) >= max(kept) - 1
+    if sum(lengths) + num_words <= capacity:
+        assert (kept, words) == (lengths, num_words)
+
+
+def test_what_was_cut_is_named(tokenizer):
+    prompt = compose("red green blue " * 6 + "monet", [torch.zeros(9, 8)], tokenizer, LENGTH)
+    assert prompt.kept == (3,)
+    assert prompt.note == "image 1 keeps 3 of 9 tokens"
+    prompt = compose("red " * 22 + "van gogh", [torch.zeros(9, 8)], tokenizer, LENGTH)
+    assert prompt.kept == (1,)
+    assert prompt.cut_words == "red van gogh"
+    assert "the last words did not fit: 'red van gogh'" in prompt.note
+
+
+def test_images_that_cannot_fit_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="30 images do not fit into 22 positions"):
+        compose("<image>" * 30, [torch.zeros(3, 8)], tokenizer, LENGTH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_images_ids_are_the_tokenizers_own(kind):
+    tokenizer, encoder = build_pair(kind)
+    prompt = compose("a red dog on the beach", [], tokenizer, LENGTH)
+    stock = tokenizer("a red dog on the beach", padding="max_length", max_length=LENGTH, return_tensors="pt")
+    assert torch.equal(prompt.input_ids, stock.input_ids)
+    assert torch.equal(prompt.attention_mask, stock.attention_mask.bool())
+    assert not prompt.slots.any()
+    assert prompt.vectors is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_change_the_output_and_gradient_reaches_them(kind):
+    tokenizer, encoder = build_pair(kind)
+    vectors = torch.randn(5, 8, requires_grad=True)
+    prompt = compose("a <image> on the beach", [vectors], tokenizer, LENGTH)
+    assert prompt.slots.sum() == 5
+    with override_embeddings(encoder, prompt.slots, prompt.vectors):
+        states = encoder(prompt.input_ids, attention_mask=prompt.attention_mask).last_hidden_state
+    last = int(prompt.attention_mask.sum()) - 1
+    # T5's first state attends to all; CLIP's causal mask lets only later positions see the image
+    (gradient,) = torch.autograd.grad(states[0, last].square().sum(), vectors)
+    assert (gradient.abs().sum(1) > 0).all()
+    with override_embeddings(encoder, prompt.slots, torch.randn(5, 8)):
+        other = encoder(prompt.input_ids, attention_mask=prompt.attention_mask).last_hidden_state
+    assert not torch.allclose(states, other)
+
+
+@pytest.mark.parametrize("kind", ["clip-eos", "clip-largest"])
+def test_clip_pools_at_eos_with_images_in_the_prompt(kind):
+    tokenizer, encoder = build_pair(kind)
+    prompt = compose("<image> a dog", [torch.randn(5, 8)], tokenizer, LENGTH)
+    with override_embeddings(encoder, prompt.slots, prompt.vectors):
+        output = encoder(prompt.input_ids)
+    eos = prompt.input_ids[0].tolist().index(tokenizer.eos_token_id)
+    assert eos == 1 + 5 + 2
+    assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, eos])
+
+
+def test_the_vectors_stand_in_reading_order(tokenizer):
+    a, b = torch.full((2, 8), 1.0), torch.full((3, 8), 2.0)
+    prompt = compose("<image:2> and <image:1>", [a, b], tokenizer, LENGTH)
+    assert prompt.vectors[:, 0].tolist() == [2, 2, 2, 1, 1]
+    assert prompt.slots[0].tolist() == [False, True, True, True, False, True, True] + [False] * 17
+    assert prompt.kept == prompt.asked == (2, 3)
+
+
+def test_the_hook_is_removed_when_the_encoder_fails(tokenizer):
+    encoder = build_bert(len(tokenizer))
+    prompt = compose("<image>", [torch.randn(3, 8)], tokenizer, LENGTH)
+    with pytest.raises(KeyError), override_embeddings(encoder, prompt.slots, prompt.vectors):
+        raise KeyError
+    plain = encoder(prompt.input_ids).last_hidden_state
+    assert torch.equal(plain, encoder(prompt.input_ids).last_hidden_state)
+    assert not encoder.get_input_embeddings()._forward_hooks
+
+
+def test_an_override_that_was_never_read_is_an_error(tokenizer):
+    encoder = build_bert(len(tokenizer))
+    with (
+        pytest.raises(RuntimeError, match="0 times, expected once"),
+        override_embeddings(encoder, torch.zeros(1, 24, dtype=torch.bool), torch.zeros(0, 8)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_leading_images_equals_composing_each(kind):
+    tokenizer, _ = build_pair(kind)
+    texts = ["a red dog", "", "the cat on a beach , in the style of van gogh"]
+    tokens = torch.randn(3, 7, 8)
+    rows = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    batch = compose_leading(ids, mask, tokens, special_tokens(tokenizer), LENGTH)
+    for i, text in enumerate(texts):
+        one = compose(text, [tokens[i]], tokenizer, LENGTH)
+        assert torch.equal(batch.input_ids[i], one.input_ids[0])
+        assert torch.equal(batch.attention_mask[i], one.attention_mask[0])
+        assert torch.equal(batch.slots[i], one.slots[0])
+    assert torch.equal(batch.vectors, tokens.flatten(0, 1))
