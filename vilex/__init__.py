@@ -9,7 +9,9 @@ C, h, w latent channels, height and width, H, W pixels.
 """
 
 from vilex import compat
+from vilex.version import __version__
 
 compat.declare_torchvision_ops()
 
-__version__ = "0.1.0"
+
+__all__ = ["__version__"]

@@ -1,0 +1,32 @@
+# make app    sets up an environment and opens the app on the weights in the repository
+# make test   sets up an environment and passes all tests, in a real browser too
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: app test setup setup-dev browser
+
+app: setup
+	$(BIN)/python app.py $(ARGS)
+
+test: setup-dev browser
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+setup: $(VENV)/installed
+
+setup-dev: $(VENV)/installed-dev
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# An installed Chromium is used as it is; else Playwright's own, else the system's package.
+browser: setup-dev
+	command -v chromium chromium-browser google-chrome >/dev/null 2>&1 \
+		|| $(BIN)/python -m playwright install --with-deps chromium \
+		|| (apt-get update -qq && apt-get install -y -qq chromium)
