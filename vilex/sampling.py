@@ -62,12 +62,15 @@ def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def sample_steps(t2i: TextToImage, conditions: Conditions, config: GenerationConfig) -> Iterator[Step]:
-    """Denoises config.num_images pictures, yielding after each step; the last Step holds the result.
+def sample_steps(
+    t2i: TextToImage, conditions: Conditions, config: GenerationConfig, seeds: list[int] | None = None
+) -> Iterator[Step]:
+    """Denoises one picture per seed, yielding after each step; the last Step holds the result.
 
+    Without `seeds` there are config.num_images of them from config.seed on.
     Raises FloatingPointError when the model's output is not finite.
     """
-    seeds = [config.seed + i for i in range(config.num_images)]
+    seeds = seeds or [config.seed + i for i in range(config.num_images)]
     denoiser = t2i.denoiser
     scheduler = build_scheduler(config.scheduler, t2i)
     scheduler.set_timesteps(config.num_inference_steps, device=denoiser.device)
@@ -86,10 +89,11 @@ def sample_steps(t2i: TextToImage, conditions: Conditions, config: GenerationCon
 
 
 def sample(
-    t2i: TextToImage, conditions: Conditions, config: GenerationConfig, on_step: OnStep | None = None
+    t2i: TextToImage, conditions: Conditions, config: GenerationConfig, on_step: OnStep | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Clean latents (B,C,h,w); on_step(step, num_inference_steps, latents) sees the estimate after each step."""
-    for step in sample_steps(t2i, conditions, config):
+    for step in sample_steps(t2i, conditions, config, seeds):
         if on_step is not None:
             on_step(step.index, step.num_inference_steps, step.latents)
     return step.latents
