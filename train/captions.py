@@ -220,12 +220,21 @@ def _grid_size(chance: Chance) -> int:
     return cells
 
 
+def _rows(rows: list[list[str]]) -> str:
+    return f"{len(rows)} rows: " + ", ".join(" ".join(row) for row in rows)
+
+
+def layout_caption(pixels: np.ndarray, cells: int) -> list[str]:
+    """Rows of colour words, each one word piece, for each picture of uint8 pixels (B,3,H,W); cells is 4, 6 or 8."""
+    return [_rows(words.tolist()) for words in _grid_words(summed_area(pixels), cells)]
+
+
 def _layout(look: Look, cells: int, chance: Chance) -> str:
     if cells == 0:
         return ""
     rows = look.grids[cells]
     if cells > 3:
-        return f"{cells} rows: " + ", ".join(" ".join(row) for row in rows)
+        return _rows(rows)
     words = [f"{position} {colour}" for position, colour in zip(POSITIONS, sum(rows, []), strict=True)]
     count = len(words) if chance.random() < 0.5 else 1 + int(chance.random() * len(words))
     order = sorted(range(len(words)), key=lambda _: chance.random())[:count]
