@@ -42,10 +42,13 @@ class Config:
     """Base of all configs: range checks at construction, JSON in and out."""
 
     def __post_init__(self) -> None:
-        problems = [problem for f in dataclasses.fields(self) if (problem := _problem(f, getattr(self, f.name)))]
-        problems += self.rules()
-        if problems:
+        fields = dataclasses.fields(self)
+        problems = [problem for f in fields if (problem := _problem(f, getattr(self, f.name)))]
+        if problems := problems or self.rules():  # rules compute with values that hold by themselves
             raise ValueError("; ".join(problems))
+        for f in fields:
+            if _is_whole(f):  # a slider's 4.0
+                object.__setattr__(self, f.name, int(getattr(self, f.name)))
 
     def rules(self) -> list[str]:
         """Sentences for broken rules that concern more than one field."""
@@ -69,13 +72,17 @@ class Config:
         return dataclasses.asdict(self)
 
 
+def _is_whole(f: dataclasses.Field) -> bool:
+    return "range" in f.metadata and isinstance(f.default, int)
+
+
 def _problem(f: dataclasses.Field, value: Any) -> str | None:
     bounds: Range | None = f.metadata.get("range")
     if bounds is None:
-        return None
+        return f"{f.name} must be text, got {value!r}" if f.type is str and not isinstance(value, str) else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return f"{f.name} must be a number, got {value!r}"
-    if isinstance(f.default, int) and not isinstance(f.default, bool) and value != int(value):
+    if _is_whole(f) and value != int(value):
         return f"{f.name} must be a whole number, got {value!r}"
     if not bounds.minimum <= value <= bounds.maximum:
         return f"{f.name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r}"
@@ -102,9 +109,12 @@ class GenerationConfig(Config):
         if self.scheduler not in SCHEDULERS:
             broken.append(f"scheduler must be one of {', '.join(SCHEDULERS)}, got {self.scheduler!r}")
         if len(self.negative_prompt) > MAX_PROMPT_CHARS:
-            broken.append(f"negative_prompt has {len(self.negative_prompt)} characters, the limit is {MAX_PROMPT_CHARS}")
+            length = len(self.negative_prompt)
+            broken.append(f"negative_prompt has {length} characters, the limit is {MAX_PROMPT_CHARS}")
         if self.seed + self.num_images > 2**32:
-            broken.append(f"seed + num_images must stay below 2^32, got {self.seed} + {self.num_images}")
+            broken.append(f"seed + num_images must not exceed 2^32, got {self.seed} + {self.num_images}")
+        if self.guidance_low > self.guidance_high:
+            broken.append(f"guidance_low {self.guidance_low:g} must not exceed guidance_high {self.guidance_high:g}")
         return broken
 
 

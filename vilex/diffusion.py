@@ -22,6 +22,7 @@ from vilex.minilm import load_text_encoder
 from vilex.prompt import ComposedPrompt, override_embeddings
 
 CONFIG_NAME = "vilex_t2i.json"  # marks an embedded model; diffusers ignores it
+_EMBEDDED, _LATENT = "VilexTextToImage", "StableDiffusionPipeline"  # classes in model_index.json
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
@@ -100,13 +101,11 @@ class TextToImage(nn.Module):
     def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
         """Runs the frozen text encoder; gradients reach `prompt.vectors`."""
         device = self.text_encoder.device
-        ids = prompt.input_ids.to(device)
         mask = prompt.attention_mask.to(device) if self.embedded else None
-        if prompt.vectors is None:
-            states = self.text_encoder(ids, attention_mask=mask).last_hidden_state  # (B,L,D)
-        else:
-            with override_embeddings(self.text_encoder, prompt.slots.to(device), prompt.vectors.to(device)):
-                states = self.text_encoder(ids, attention_mask=mask).last_hidden_state
+        vectors = torch.empty(0, self.text_width) if prompt.vectors is None else prompt.vectors
+        # Words alone take the override's lock too, or they would read the vectors of another thread
+        with override_embeddings(self.text_encoder, prompt.slots.to(device), vectors.to(device)):
+            states = self.text_encoder(prompt.input_ids.to(device), attention_mask=mask).last_hidden_state  # (B,L,D)
         return Conditioning(states, masked_mean(states, mask), mask) if self.embedded else Conditioning(states)
 
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
@@ -140,26 +139,21 @@ class TextToImage(nn.Module):
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""
-        parts: dict[str, list[str]] = {
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "scheduler": ["diffusers", "DDPMScheduler"],
-        }
         folder.mkdir(parents=True, exist_ok=True)
-        narrow = nn.Module.to(copy.deepcopy(self.denoiser), dtype)  # diffusers' own `to` warns about casts
-        narrow.save_pretrained(folder / "unet", max_shard_size=max_shard_size)
-        self.scheduler.save_pretrained(folder / "scheduler")
+        networks, others = {"unet": self.denoiser}, {"scheduler": self.scheduler}
         if self.vae is None:
             (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
         else:
-            self.vae.save_pretrained(folder / "vae")
-            self.text_encoder.save_pretrained(folder / "text_encoder")
-            self.tokenizer.save_pretrained(folder / "tokenizer")
-            parts |= {
-                "vae": ["diffusers", "AutoencoderKL"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-            }
-        index = {"_class_name": "StableDiffusionPipeline" if self.vae else "VilexTextToImage", **parts}
+            networks |= {"vae": self.vae, "text_encoder": self.text_encoder}
+            others |= {"tokenizer": self.tokenizer}
+        for name, network in networks.items():
+            narrow = nn.Module.to(copy.deepcopy(network), dtype)  # diffusers' own `to` warns about casts
+            narrow.save_pretrained(folder / name, max_shard_size=max_shard_size)
+        for name, part in others.items():
+            part.save_pretrained(folder / name)
+        classes = {name: type(part) for name, part in (networks | others).items()}
+        index = {"_class_name": _EMBEDDED if self.embedded else _LATENT}
+        index |= {name: [kind.__module__.partition(".")[0], kind.__name__] for name, kind in classes.items()}
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -181,15 +175,36 @@ def load_t2i(folder: str | Path, text_encoder: str | None = None) -> TextToImage
     Raises ValueError when the folder is not such a model or a weight is missing, left over or misshapen.
     """
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
+    _require_known(folder)
+    try:
+        return _load_embedded(folder, text_encoder) if (folder / CONFIG_NAME).is_file() else _load_latent(folder)
+    except OSError as error:
+        raise ValueError(f"the text-to-image model in {folder} is not complete: {error}") from error
+
+
+def _require_known(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise ValueError(f"{folder} holds no text-to-image model: model_index.json is missing")
+    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if kind not in (_EMBEDDED, _LATENT):
+        raise ValueError(f"{folder} is for {kind}; {_LATENT} (1.x, 2.x) and {_EMBEDDED} are supported")
+
+
+def _load_embedded(folder: Path, text_encoder: str | None) -> TextToImage:
+    config = T2IConfig.load_json(folder / CONFIG_NAME)
     denoiser = load_pretrained(UNet2DConditionModel, folder / "unet")
-    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
-    if (folder / CONFIG_NAME).is_file():
-        config = T2IConfig.load_json(folder / CONFIG_NAME)
-        tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
-        return TextToImage(config, tokenizer, encoder, denoiser, scheduler)
+    tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
+    return TextToImage(config, tokenizer, encoder, denoiser, DDPMScheduler.from_pretrained(folder / "scheduler"))
+
+
+def _load_latent(folder: Path) -> TextToImage:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = load_pretrained(CLIPTextModel, folder / "text_encoder")
-    config = T2IConfig(context_length=tokenizer.model_max_length, text_encoder="")
-    return TextToImage(config, tokenizer, encoder, denoiser, scheduler, load_pretrained(AutoencoderKL, folder / "vae"))
+    return TextToImage(
+        T2IConfig(context_length=tokenizer.model_max_length, text_encoder=""),
+        tokenizer,
+        load_pretrained(CLIPTextModel, folder / "text_encoder").float(),  # transformers keeps the file's fp16
+        load_pretrained(UNet2DConditionModel, folder / "unet"),
+        DDPMScheduler.from_pretrained(folder / "scheduler"),
+        load_pretrained(AutoencoderKL, folder / "vae"),
+    )

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vilex.checkpoint import load_pretrained
@@ -37,6 +38,8 @@ def locate_minilm() -> Path:
     """Folder that holds MiniLM with the expected checksums."""
     folder = _packaged_folder() or _hub_folder()
     for name, expected in _SHA256.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not complete: {name} is missing")
         with open(folder / name, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != expected:
@@ -50,8 +53,6 @@ def _packaged_folder() -> Path | None:
 
 
 def _hub_folder() -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(MINILM_ID, allow_patterns=["*.json", "vocab.txt", "model.safetensors"]))
     except OSError as error:

@@ -47,6 +47,8 @@ def load_vilex(folder: Path) -> ViLex:
     if not path.is_file():
         raise ValueError(f"{folder} holds no ViLex weights: {CONFIG_NAME} is missing")
     config = json.loads(path.read_text(encoding="utf-8"))
+    if not {"encoder", "pooler"} <= config.keys():
+        raise ValueError(f"{path} is not a ViLex config: it needs the settings 'encoder' and 'pooler'")
     model = ViLex(EncoderConfig.from_dict(config["encoder"]), PoolerConfig.from_dict(config["pooler"]))
     load_module(model, folder, WEIGHTS_NAME)
     return model.eval().requires_grad_(False)

@@ -47,8 +47,8 @@ class VilexPipeline:
     def __init__(self, t2i: TextToImage, vilex: ViLex, name: str = "") -> None:
         if vilex.pooler.config.text_width != t2i.text_width:
             raise ValueError(
-                f"the text-to-image model expects {MAX_TOKENS} x {t2i.text_width} tokens, "
-                f"the pooler gives {MAX_TOKENS} x {vilex.pooler.config.text_width}"
+                f"the text-to-image model expects tokens of width {t2i.text_width}, "
+                f"the pooler gives {vilex.pooler.config.num_queries} x {vilex.pooler.config.text_width}"
             )
         self.t2i, self.vilex, self.name = t2i, vilex.eval().requires_grad_(False), name
 
@@ -92,7 +92,9 @@ class VilexPipeline:
         return fingerprint(self.vilex)
 
     @torch.no_grad()
-    def encode(self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop") -> Tensor:
+    def encode(
+        self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop"
+    ) -> Tensor:
         """vilex_tokens (B,N,D), float32, of one picture or several."""
         size = self.vilex.encoder.image_size
         images = [images] if isinstance(images, Image.Image) else list(images)
@@ -160,16 +162,20 @@ class VilexPipeline:
     def note(self, prompt: str, images: Sequence[Word], config: GenerationConfig, names: Sequence[str] = ()) -> str:
         """One sentence on what was cut or has no effect, empty when all is well."""
         notes = [self.compose(prompt, images, config.num_tokens, names).note]
+        if cut := self.compose(config.negative_prompt).cut_words:
+            notes.append(f"the last words of the negative prompt did not fit: {cut!r}")
         if config.negative_prompt and config.guidance_scale == 1:
             notes.append("the negative prompt has no effect at guidance 1")
-        if images and config.tfg_scale != 1 and not has_words(prompt, len(images), names):
+        if config.tfg_scale != 1 and not images:
+            notes.append("text-free guidance has no effect without an image")
+        elif config.tfg_scale != 1 and not has_words(prompt, len(images), names):
             notes.append("text-free guidance has no effect without words")
         return "; ".join(note for note in notes if note)
 
     def _tokens(self, word: Word, num_tokens: int, fit: Fit) -> Tensor:
         """vilex_tokens (N,D) of a picture, or the first of tokens that are given."""
         if isinstance(word, Tensor):
-            if word.ndim != 2 or word.shape[1] != self.t2i.text_width:
+            if word.ndim != 2 or not len(word) or word.shape[1] != self.t2i.text_width:
                 raise ValueError(f"expects tokens of width {self.t2i.text_width}, got shape {tuple(word.shape)}")
             return word[:num_tokens].to(self.device)
         return self.encode(word, num_tokens, fit)[0]
@@ -197,7 +203,7 @@ class VilexPipeline:
 def pick_device(name: str | None = None) -> torch.device:
     """The device of that name, else VILEX_DEVICE, else cuda, mps or cpu, the first there is."""
     name = name or os.environ.get("VILEX_DEVICE")
-    if name is None:
+    if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from vilex.config import GenerationConfig
@@ -15,6 +15,7 @@ from vilex.diffusion import Conditioning, TextToImage
 from vilex.guidance import BranchWeights, branch_weights, guide, outside_interval
 
 OnStep = Callable[[int, int, Tensor], None]
+_SOLVER_ORDER = {"ddim": 1, "dpm++": 2}  # DPM-Solver++ of first order is DDIM
 _LAMBDA_MIN = -5.1  # the cosine schedule's first steps have almost no signal: without it DPM-Solver++ explodes
 
 
@@ -36,24 +37,44 @@ class Step:
     latents: Tensor
 
 
-def build_scheduler(name: str, t2i: TextToImage) -> SchedulerMixin:
-    """One of diffusers' schedulers set up for a model. Raises ValueError for Euler in pixel space."""
+class ClippedDPMSolver(DPMSolverMultistepScheduler):
+    """DPM-Solver++ for pictures in [-1,1]: thresholding at a maximum of 1 without sorting all pixels for it."""
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        return sample.clamp(-1, 1)
+
+
+def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> SchedulerMixin:
+    """One of diffusers' schedulers with its timesteps set. Raises ValueError for Euler in pixel space."""
+    if name == "euler" and t2i.embedded:
+        raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
     base = {k: v for k, v in t2i.scheduler.config.items() if not k.startswith("_")}
     shared = base | {"timestep_spacing": "trailing"}
-    if name == "dpm++":
-        return DPMSolverMultistepScheduler.from_config(
+    if name == "euler":
+        scheduler = EulerDiscreteScheduler.from_config(shared)
+    else:
+        scheduler = ClippedDPMSolver.from_config(
             shared,
             algorithm_type="dpmsolver++",
-            solver_order=2,
+            solver_order=_SOLVER_ORDER[name],
             lambda_min_clipped=_LAMBDA_MIN,
             thresholding=t2i.embedded,
             sample_max_value=1.0,
         )
-    if name == "ddim":
-        return DDIMScheduler.from_config(shared, clip_sample=t2i.embedded, set_alpha_to_one=True)
-    if t2i.embedded:
-        raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
-    return EulerDiscreteScheduler.from_config(shared)
+    scheduler.set_timesteps(timesteps=trailing_timesteps(scheduler, num_inference_steps))
+    return scheduler
+
+
+def trailing_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> list[int]:
+    """Evenly spaced timesteps from the scheduler's noisiest down to one spacing above a clean picture.
+
+    diffusers' own trailing spacing rounds to one timestep too many, the last below 0, for 61, 103, 121 and
+    122 steps of 1000; elsewhere it is this one.
+    """
+    scheduler.set_timesteps(1)
+    start = int(scheduler.timesteps[0]) + 1
+    spaced = torch.linspace(start, 0, num_inference_steps + 1, dtype=torch.float64)[:-1]
+    return (spaced.round().long() - 1).tolist()
 
 
 def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
@@ -72,10 +93,9 @@ def sample_steps(
     """
     seeds = seeds or [config.seed + i for i in range(config.num_images)]
     denoiser = t2i.denoiser
-    scheduler = build_scheduler(config.scheduler, t2i)
-    scheduler.set_timesteps(config.num_inference_steps, device=denoiser.device)
+    scheduler = build_scheduler(config.scheduler, t2i, config.num_inference_steps)
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
-    batches = {w.needed: _batch(conditions, w.needed, len(seeds), t2i) for w in weights}
+    batches = {needed: _batch(conditions, needed, len(seeds), t2i) for needed in {w.needed for w in weights}}
     noisy_latents = draw_noise(seeds, t2i.latent_shape).to(denoiser.device) * scheduler.init_noise_sigma
     for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
         model_input = scheduler.scale_model_input(noisy_latents, t)
@@ -101,7 +121,7 @@ def sample(
 
 def estimate_clean(t2i: TextToImage, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
     """The x0 that a prediction at `timestep` (0-d) implies: the cheap preview."""
-    alpha_bar = t2i.scheduler.alphas_cumprod[timestep.long().cpu()].to(noisy_latents)
+    alpha_bar = t2i.scheduler.alphas_cumprod[timestep.long()].to(noisy_latents)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
     if t2i.scheduler.config.prediction_type == "epsilon":
         return (noisy_latents - noise * prediction) / signal
@@ -128,6 +148,8 @@ def _predict(
     t2i: TextToImage, model_input: Tensor, timestep: Tensor, condition: Conditioning, weights: BranchWeights
 ) -> Tensor:
     names = weights.needed
-    batch = model_input.repeat(len(names), 1, 1, 1).to(t2i.denoiser.dtype)  # (branches*B,C,h,w)
-    predictions = t2i.denoise(batch, timestep.expand(len(batch)), condition).float().chunk(len(names))
+    # dtype and device of the condition, since those of the denoiser are looked up in all its parameters
+    batch = model_input.repeat(len(names), 1, 1, 1).to(condition.prompt_embeds)  # (branches*B,C,h,w)
+    timesteps = torch.full((len(batch),), timestep.item(), device=batch.device)
+    predictions = t2i.denoise(batch, timesteps, condition).float().chunk(len(names))
     return guide(dict(zip(names, predictions, strict=True)), weights)
