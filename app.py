@@ -1,0 +1,63 @@
+"""Starts the app: python app.py [--model NAME] [--port 7860]; see --help."""
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from app.handlers import Handlers, measure
+from app.ui import Notes, build_demo, launch_options, weights_licence
+from vilex.checkpoint import find_weights
+from vilex.config import GenerationConfig
+from vilex.pipeline import VilexPipeline
+from vilex.upsampler import build_upsampler
+
+DEFAULT_PORT = 7860
+
+
+@click.command()
+@click.option("--model", help="Folder, name in assets/weights, or hub id.  [env: VILEX_WEIGHTS]")
+@click.option("--device", help="cuda, mps or cpu; by default the first there is.  [env: VILEX_DEVICE]")
+@click.option("--dtype", help="float32, bfloat16 or float16 of the denoiser.  [env: VILEX_DTYPE]")
+@click.option("--host", envvar="GRADIO_SERVER_NAME", default="127.0.0.1", show_default=True, show_envvar=True)
+@click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", show_envvar=True,
+              help=f"By default {DEFAULT_PORT}, or the next that is free.")  # fmt: skip
+@click.option("--steps", type=click.IntRange(1, 100), envvar="VILEX_STEPS", show_envvar=True, show_default=True,
+              default=GenerationConfig.num_inference_steps, help="Denoising steps the slider starts at.")  # fmt: skip
+@click.option("--share", is_flag=True, help="Also opens a public address through gradio's servers.")
+def main(
+    model: str | None, device: str | None, dtype: str | None, host: str, port: int | None, steps: int, share: bool
+) -> None:
+    """Opens the ViLex app in a browser page."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("app").setLevel(logging.INFO)
+    handlers, notes = load(model, device, dtype, steps)
+    demo = build_demo(handlers, notes)
+    try:
+        demo.launch(
+            server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, **launch_options()
+        )
+    except OSError as error:
+        click.echo(f"Cannot listen on {host}, port {port or DEFAULT_PORT}: {str(error).split('.')[0]}.", err=True)
+        sys.exit(1)
+    if port is None and demo.server_port != DEFAULT_PORT:
+        click.echo(f"Port {DEFAULT_PORT} is busy, using {demo.server_port}.")
+    click.echo(f"ViLex is at {demo.local_url}" + (f" and {demo.share_url}" if share else ""))
+    demo.block_thread()
+
+
+def load(model: str | None, device: str | None, dtype: str | None, steps: int) -> tuple[Handlers, Notes]:
+    """The handlers and what the page says of machine and weights; without weights the page says how to get them."""
+    try:
+        pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype)
+        licence = weights_licence(Path(find_weights(model)))
+    except ValueError as error:
+        click.echo(f"No weights: {error}", err=True)
+        return Handlers(None, problem=str(error)), Notes(steps=steps)
+    notes = Notes(steps, measure(pipeline), pipeline.device.type, licence)
+    return Handlers(pipeline, build_upsampler()), notes
+
+
+if __name__ == "__main__":
+    main()

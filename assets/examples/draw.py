@@ -1,0 +1,48 @@
+"""Draws the examples that are our own: python assets/examples/draw.py"""
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SIZE = 384
+SCALE = 4  # drawn larger and scaled down, for smooth edges
+
+
+def draw_sailboat() -> Image.Image:
+    """A red and white sailing boat under a low sun, RGB, SIZE x SIZE."""
+    image, draw = _canvas("#8ecae6")
+    draw.ellipse(_scaled((0.62, 0.12, 0.84, 0.34)), fill="#ffd166")
+    draw.rectangle(_scaled((0, 0.62, 1, 1)), fill="#1d6fa5")
+    draw.rectangle(_scaled((0, 0.62, 1, 0.66)), fill="#3a8fc4")
+    draw.polygon(_scaled((0.44, 0.14, 0.44, 0.6, 0.16, 0.6)), fill="#fdfdfb")
+    draw.polygon(_scaled((0.48, 0.2, 0.48, 0.6, 0.74, 0.6)), fill="#d62839")
+    draw.polygon(_scaled((0.14, 0.64, 0.8, 0.64, 0.68, 0.78, 0.26, 0.78)), fill="#6b3e26")
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def draw_cactus() -> Image.Image:
+    """A green cactus in an orange pot before a pink wall, RGB, SIZE x SIZE."""
+    image, draw = _canvas("#f6c6c7")
+    draw.rectangle(_scaled((0, 0.8, 1, 1)), fill="#b5838d")
+    for box in ((0.41, 0.14, 0.59, 0.66), (0.24, 0.3, 0.35, 0.5), (0.65, 0.24, 0.76, 0.44)):
+        draw.rounded_rectangle(_scaled(box), SIZE * SCALE * 0.055, fill="#2a9d5c")
+    draw.rectangle(_scaled((0.295, 0.42, 0.42, 0.5)), fill="#2a9d5c")
+    draw.rectangle(_scaled((0.58, 0.36, 0.705, 0.44)), fill="#2a9d5c")
+    draw.polygon(_scaled((0.3, 0.62, 0.7, 0.62, 0.64, 0.88, 0.36, 0.88)), fill="#e07a3f")
+    draw.rectangle(_scaled((0.27, 0.58, 0.73, 0.67)), fill="#c8642c")
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def _canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), colour)
+    return image, ImageDraw.Draw(image)
+
+
+def _scaled(fractions: tuple[float, ...]) -> list[float]:
+    return [fraction * SIZE * SCALE for fraction in fractions]
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    draw_sailboat().save(folder / "sailboat.png", optimize=True)
+    draw_cactus().save(folder / "cactus.png", optimize=True)
