@@ -14,17 +14,15 @@ from train.captions import (
     EMPTY_SHARE,
     GRIDS,
     POSITIONS,
-    content_caption,
     dense_caption,
     measure,
-    plain_caption,
-    style_caption,
     to_uint8,
     write_caption,
     write_captions,
 )
 from train.colours import COLOURS, SHORT_COLOURS, cell_means, grid_colours, nearest_colours, summed_area, to_lab
 from train.data import Pictures, Record, background_colours
+from train.subjects import content_caption, plain_caption, style_caption
 
 NAMES = list(COLOURS)
 MONET = Record("0", "wikiart", style="Impressionism", artist="Claude Monet", genre="landscape", title="the seine")

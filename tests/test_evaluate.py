@@ -10,7 +10,7 @@ from torch import nn
 
 import train.evaluate as evaluate
 from train.data import load_pictures
-from train.measures import Extractor
+from train.nets import Extractor
 from vilex.config import GenerationConfig
 
 

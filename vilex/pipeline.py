@@ -1,7 +1,6 @@
 """From a picture to pictures: encode, compose, sample, decode."""
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
