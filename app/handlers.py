@@ -9,9 +9,10 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Handlers:
             tokens = pipeline.encode(image, self.max_tokens, fit)[0]
             clock = Clock(len(self.rungs) * config.num_inference_steps)
             results: list[Any] = [None] * len(self.rungs)
-            times = [""] * len(self.rungs)
+            times: list[str] = []
             for i, rung in enumerate(self.rungs):
                 started, rung_config = clock.seconds, dataclasses.replace(config, num_tokens=rung, num_images=1)
                 for step in self._steps("", [tokens], rung_config):
@@ -155,9 +156,9 @@ class Handlers:
                     yield *(results if is_shown else [gr.skip()] * len(results)), gr.skip(), status
                 name = f"vilex-{rung}-tokens-seed-{config.seed}"
                 [results[i]] = self._save([results[i]], [name], "", rung_config, view)
-                times[i] = duration(clock.seconds - started)
-                yield *results, times_html(times), working(f"{rung_name(rung)} done", clock.done, clock.total)
-            yield *results, times_html(times), finished(f"Rebuilt in {duration(clock.seconds)} with seed {config.seed}.")
+                times.append(duration(clock.seconds - started))
+                yield *results, times_html(self.rungs, times), working(f"{rung_name(rung)} done", clock.done, clock.total)
+            yield *results, times_html(self.rungs, times), finished(f"Rebuilt in {duration(clock.seconds)} with seed {config.seed}.")
 
     def reconstruct_new(self, picture: Upload, fit: str, view: str, **settings: Any) -> Iterator[tuple]:
         """The same for a picture that has just come, and nothing when it was taken away."""
@@ -274,9 +275,10 @@ def rung_name(num_tokens: int) -> str:
     return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"
 
 
-def times_html(times: list[str]) -> str:
-    """The line of times under the reconstructions."""
-    return "".join(f"<span>{escape(text)}</span>" for text in times)
+def times_html(rungs: Sequence[int], times: Sequence[str] = ()) -> str:
+    """The line under the reconstructions: each budget, and the time it took once there is one."""
+    pairs = zip_longest(map(rung_name, rungs), times, fillvalue="")
+    return "".join(f"<span><strong>{escape(name)}</strong> {escape(text)}</span>" for name, text in pairs)
 
 
 def _tfg_info(has_picture: bool, works: bool) -> str:

@@ -1,27 +1,27 @@
 """What the app looks like and which button calls which handler."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.handlers import VIEWS, Handlers, duration, rung_name
+from app.handlers import VIEWS, Handlers, duration, rung_name, times_html
 from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, GenerationConfig, range_of
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = (
-    ("cat.jpg", "<image>, oil painting in the style of Vincent van Gogh"),
-    ("coffee.jpg", "<image>, flat emoji"),
-    ("rocket.jpg", "<image>, in the style of Claude Monet"),
-    ("sailboat.png", "<image>, in the style of Claude Monet"),
-    ("cactus.png", "<image> with a blue sky"),
+EXAMPLES = ("cat.jpg", "coffee.jpg", "rocket.jpg", "sailboat.png", "cactus.png")
+PROMPTS = (
+    "<image>, in the style of Claude Monet",
+    "<image>, flat emoji",
+    "oil painting of <image> by Vincent van Gogh",
+    "a photo of a flower. <image>",
 )
 MAX_WAITING = 20  # requests in the queue
 _COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 1}
-_RANDOM_SEED = "Math.floor(Math.random() * 2 ** 31)"
+_RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 _KEYS = """<script>
 document.addEventListener("keydown", (event) => {
   const press = (id) => { event.preventDefault(); document.getElementById(id)?.click(); };
@@ -29,6 +29,8 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "Escape" && document.querySelector("#status progress")) press("stop");
 });
 </script>"""
+
+Settings = dict[str, gr.components.Component]  # by field of GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Controls:
     fit: gr.Radio
     prompt: gr.Textbox
     bar: gr.HTML
-    settings: dict[str, gr.components.Component]
+    settings: Settings
     view: gr.Radio
     generate: gr.Button
     reconstruct: gr.Button
@@ -81,11 +83,11 @@ def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
     with gr.Blocks(title="ViLex: an image is a word", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         gr.HTML(_header(handlers, notes), elem_id="header")
         with gr.Row(elem_id="sides"):
-            with gr.Column(scale=5, min_width=320):
+            with gr.Column(scale=5, min_width=300, elem_id="left"):
                 controls = _build_controls(handlers, notes)
-            with gr.Column(scale=7, min_width=320):
+            with gr.Column(scale=7, min_width=300, elem_id="right"):
                 results = _build_results(handlers)
-                _build_examples(controls)
+                _build_examples(controls.picture)
         gr.HTML(_footer(handlers, notes), elem_id="small-print")
         _wire(demo, handlers, controls, results)
     return demo.queue(max_size=MAX_WAITING)
@@ -121,13 +123,15 @@ def build_theme() -> gr.themes.Base:
     return theme.set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
         block_background_fill="white",
         block_background_fill_dark="*neutral_900",
         block_border_color="*neutral_200",
         block_border_color_dark="*neutral_800",
         block_shadow="none",
-        block_label_background_fill="transparent",
-        block_label_background_fill_dark="transparent",
+        block_label_background_fill="*block_background_fill",
+        block_label_background_fill_dark="*block_background_fill",
         block_label_border_width="0px",
         block_label_text_color="*neutral_600",
         block_label_text_color_dark="*neutral_400",
@@ -144,6 +148,8 @@ def build_theme() -> gr.themes.Base:
         button_secondary_background_fill_hover="*neutral_200",
         button_secondary_background_fill_dark="*neutral_800",
         button_secondary_background_fill_hover_dark="*neutral_700",
+        button_large_text_size="*text_md",
+        button_large_text_weight="600",
         slider_color="*primary_500",
     )
 
@@ -186,61 +192,82 @@ def _build_controls(handlers: Handlers, notes: Notes) -> Controls:
         height=280, elem_id="picture", buttons=["fullscreen"],
         webcam_options=gr.WebcamOptions(mirror=False), alt_text="Your picture",
     )  # fmt: skip
-    with gr.Row(elem_id="sight", equal_height=True):
+    with gr.Row(elem_id="sight"):
         seen = gr.Image(
-            label="What the encoder sees", format="png", interactive=False, height=120, min_width=120, scale=0,
-            buttons=[], elem_id="seen", alt_text="The picture as the encoder sees it",
+            label="Seen by the encoder", format="png", interactive=False, height=112, min_width=112, scale=0,
+            buttons=[], elem_id="seen", show_label=False, alt_text="The picture as the encoder sees it",
         )  # fmt: skip
         fit = gr.Radio(
-            [("Crop to the centre", "crop"), ("Keep all of it", "pad")], value="crop", label="If it is not square",
-            min_width=160, scale=1,
+            [("Crop to the centre", "crop"), ("Keep all of it", "pad")], value="crop", label="What the encoder sees",
+            min_width=150, scale=1, elem_id="fit",
         )  # fmt: skip
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="<image>, in the style of Claude Monet", lines=2, max_length=MAX_PROMPT_CHARS,
         info="<image> stands for the picture. Leave it empty for variations.", elem_id="prompt",
     )  # fmt: skip
-    bar = gr.HTML(elem_id="budget")
+    bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
+    gr.Examples([[text] for text in PROMPTS], [prompt], label="Example prompts", api_visibility="private")
     with gr.Row(elem_id="buttons"):
-        generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120, scale=2)
-        reconstruct = gr.Button("Reconstruct", elem_id="reconstruct", min_width=110, scale=1)
-        stop = gr.Button("Stop", elem_id="stop", min_width=70, scale=1)
-    settings: dict[str, gr.components.Component] = {}
-    settings["num_images"] = _slider("num_images", "Variations", 4, step=1)
-    settings["num_tokens"] = _slider(
-        "num_tokens", "Tokens of the picture", handlers.max_tokens, step=1, maximum=handlers.max_tokens,
-        info="few keep the subject, many the layout",
-    )  # fmt: skip
-    settings["tfg_scale"] = _slider("tfg_scale", "Words against picture (TFG)", 1.0, step=0.1, maximum=10)
-    with gr.Row(elem_id="seeds"):
-        settings["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=120, scale=2, elem_id="seed")
-        lock = gr.Checkbox(False, label="Keep this seed", min_width=120, scale=1, elem_id="lock")
-        dice = gr.Button("New seed", size="sm", min_width=90, scale=1, elem_id="dice")
-    with gr.Accordion("More settings", open=False):
-        settings["num_inference_steps"] = _slider("num_inference_steps", "Steps", notes.steps, step=1, maximum=100)
-        settings["guidance_scale"] = _slider("guidance_scale", "Guidance", None, step=0.1)
-        settings["scheduler"] = gr.Dropdown(
-            _schedulers(handlers), value=GenerationConfig.scheduler, label="Scheduler", filterable=False
-        )
-        with gr.Row():
-            settings["guidance_low"] = _slider("guidance_low", "Guidance from noise level", None, step=0.05)
-            settings["guidance_high"] = _slider("guidance_high", "Guidance to noise level", None, step=0.05)
-        settings["negative_prompt"] = gr.Textbox(
-            "", label="Negative prompt", max_length=MAX_PROMPT_CHARS, info="What to move away from; works with guidance above 1"
-        )
-        view = gr.Radio(list(zip(["Enlarged", "As drawn"], VIEWS, strict=True)), value=VIEWS[0], label="Size of results")
-    with gr.Accordion("Keep the picture as a word", open=False):
-        gr.Markdown("A `.vilex` file holds the tokens of the picture. Who has the file has the picture's content.")
-        keep = gr.Button("Make a .vilex file", size="sm")
-        word = gr.File(label="The picture as a word", interactive=False, height=90)
+        generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=2)
+        reconstruct = gr.Button("Reconstruct", elem_id="reconstruct", min_width=90, scale=1)
+        stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
+    with gr.Column(elem_id="settings"):
+        settings, lock, dice = _build_settings(handlers)
+        more, view = _build_more_settings(handlers, notes)
+        keep, word = _build_keeping()
+    settings |= more
     return Controls(picture, seen, fit, prompt, bar, settings, view, generate, reconstruct, stop, lock, dice, keep, word)
 
 
-def _slider(name: str, label: str, value: float | None, *, step: float, maximum: float | None = None, info: str = "") -> gr.Slider:
+def _build_settings(handlers: Handlers) -> tuple[Settings, gr.Checkbox, gr.Button]:
+    settings: Settings = {}
+    settings["num_images"] = _slider("num_images", "Variations", value=4, step=1)
+    settings["num_tokens"] = _slider(
+        "num_tokens", "Tokens of the picture", value=handlers.max_tokens, step=1, maximum=handlers.max_tokens,
+        info="Few keep the subject, many the layout",
+    )  # fmt: skip
+    settings["tfg_scale"] = _slider("tfg_scale", "Words against picture (TFG)", step=0.1, maximum=10)
+    with gr.Row(elem_id="seeds"):
+        settings["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=110, scale=1, elem_id="seed")
+        lock = gr.Checkbox(False, label="Keep this seed", container=False, min_width=120, scale=1, elem_id="lock")
+        dice = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="dice")
+    return settings, lock, dice
+
+
+def _build_more_settings(handlers: Handlers, notes: Notes) -> tuple[Settings, gr.Radio]:
+    more: Settings = {}
+    with gr.Accordion("More settings", open=False):
+        more["num_inference_steps"] = _slider("num_inference_steps", "Steps", value=notes.steps, step=1, maximum=100)
+        more["guidance_scale"] = _slider("guidance_scale", "Guidance", step=0.1)
+        more["scheduler"] = gr.Dropdown(
+            _schedulers(handlers), value=GenerationConfig.scheduler, label="Scheduler", filterable=False
+        )
+        more["guidance_low"] = _slider("guidance_low", "Guidance from noise level", step=0.05)
+        more["guidance_high"] = _slider("guidance_high", "Guidance to noise level", step=0.05)
+        more["negative_prompt"] = gr.Textbox(
+            "", label="Negative prompt", max_length=MAX_PROMPT_CHARS,
+            info="What to move away from; has an effect at guidance other than 1",
+        )  # fmt: skip
+        views = list(zip(["Enlarged", "As drawn"], VIEWS, strict=True))
+        view = gr.Radio(views, value=VIEWS[0], label="Size of results", elem_id="view")
+    return more, view
+
+
+def _build_keeping() -> tuple[gr.Button, gr.File]:
+    with gr.Accordion("Keep the picture as a word", open=False):
+        gr.Markdown("A `.vilex` file holds the tokens of the picture: who has it has the picture's content.")
+        keep = gr.Button("Make a .vilex file", size="md", elem_id="keep")
+        word = gr.File(label="The picture as a word", interactive=False, height=90)
+    return keep, word
+
+
+def _slider(
+    name: str, label: str, *, step: float, value: float | None = None, maximum: float | None = None, info: str = ""
+) -> gr.Slider:
     bounds = range_of(GenerationConfig, name)
-    default = {f.name: f.default for f in fields(GenerationConfig)}[name]
     return gr.Slider(
-        bounds.minimum, maximum or bounds.maximum, value=default if value is None else value, step=step, label=label,
-        info=info or bounds.help, elem_id=name.replace("_", "-"), min_width=140,
+        bounds.minimum, maximum or bounds.maximum, getattr(GenerationConfig, name) if value is None else value,
+        step=step, label=label, info=info or bounds.help, elem_id=name.replace("_", "-"), min_width=140,
     )  # fmt: skip
 
 
@@ -254,7 +281,7 @@ def _build_results(handlers: Handlers) -> Results:
     status = gr.HTML("<p>Ready.</p>", label="What is happening", elem_id="status")
     with gr.Row(elem_id="rungs"):
         rungs = [_rung(count) for count in handlers.rungs]
-    times = gr.HTML(label="Time of each reconstruction", elem_id="times")
+    times = gr.HTML(times_html(handlers.rungs), label="Time of each reconstruction", elem_id="times")
     gallery = gr.Gallery(
         label="Variations and mixes", format="png", columns=4, object_fit="contain", interactive=False, elem_id="gallery",
         buttons=["download", "download_all", "fullscreen"], height="auto",
@@ -266,18 +293,15 @@ def _rung(num_tokens: int) -> gr.Image:
     name = rung_name(num_tokens)
     return gr.Image(
         label=name, format="png", type="filepath", interactive=False, min_width=90, buttons=["download", "fullscreen"],
-        elem_id=f"rung-{num_tokens}", alt_text=f"The picture rebuilt from {name}", elem_classes="rung",
+        elem_id=f"rung-{num_tokens}", show_label=False, alt_text=f"The picture rebuilt from {name}", elem_classes="rung",
     )  # fmt: skip
 
 
-def _build_examples(controls: Controls) -> None:
+def _build_examples(picture: gr.Image) -> None:
     folder = ROOT / "assets" / "examples"
-    found = [[str(folder / name), text] for name, text in EXAMPLES if (folder / name).is_file()]
+    found = [[str(folder / name)] for name in EXAMPLES if (folder / name).is_file()]
     if found:
-        gr.Examples(
-            found, [controls.picture, controls.prompt], label="Examples", cache_examples=False, api_visibility="private",
-            elem_id="examples",
-        )  # fmt: skip
+        gr.Examples(found, [picture], label="Example pictures", cache_examples=False, api_visibility="private")
 
 
 def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results) -> None:
