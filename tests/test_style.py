@@ -34,6 +34,7 @@ def public(body: list[ast.stmt]) -> list:
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     found = [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
     found = [node for node in found if "property" not in " ".join(map(ast.unparse, node.decorator_list))]
+    found = [node for node in found if ast.unparse(node.body[-1]) != "..."]  # what a Protocol asks for
     return found + [inner for node in found if isinstance(node, ast.ClassDef) for inner in public(node.body)]
 
 

@@ -28,10 +28,12 @@ FIRST = _First()
 
 
 def pick(chance: Chance, *options: str) -> str:
+    """One of the options, each as likely."""
     return options[int(chance.random() * len(options))]
 
 
 def subject_words(record: Record, chance: Chance) -> str:
+    """What a picture shows, in the words of its source."""
     return _SUBJECTS.get(record.source, _any_subject)(record, chance)
 
 
