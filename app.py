@@ -10,7 +10,7 @@ from app.handlers import Handlers, measure
 from app.ui import Notes, build_demo, launch_options, weights_licence
 from vilex.checkpoint import find_weights
 from vilex.config import GenerationConfig
-from vilex.pipeline import VilexPipeline
+from vilex.pipeline import VilexPipeline, pick_device, pick_dtype
 from vilex.upsampler import build_upsampler
 
 DEFAULT_PORT = 7860
@@ -32,6 +32,10 @@ def main(
     """Opens the ViLex app in a browser page."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("app").setLevel(logging.INFO)
+    try:
+        pick_dtype(dtype, pick_device(device))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     handlers, notes = load(model, device, dtype, steps)
     demo = build_demo(handlers, notes)
     try:

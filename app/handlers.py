@@ -51,16 +51,16 @@ def in_words() -> Iterator[None]:
         raise sentence(str(error)) from error
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        raise sentence("there is not enough memory for this: ask for fewer pictures") from error
+        raise sentence("There is not enough memory for this: ask for fewer pictures") from error
     except Exception as error:
         number = uuid.uuid4().hex[:8]
         _log.exception("error %s", number)
-        raise sentence(f"something went wrong; the log has the details under error {number}") from error
+        raise sentence(f"Something went wrong; the log has the details under error {number}") from error
 
 
 def sentence(text: str) -> gr.Error:
     """A toast with a text that is plain, however it looks."""
-    return gr.Error(escape(text[:1].upper() + text[1:], quote=False), title="That did not work", print_exception=False)
+    return gr.Error(escape(text, quote=False), title="That did not work", print_exception=False)
 
 
 class Clock:
@@ -175,7 +175,7 @@ class Handlers:
             pipeline, config, prompt = self._ready(), build_config(**settings), text_of(prompt)
             _check(view, VIEWS, "view")
             if picture is None and not prompt.strip():
-                raise ValueError("give a picture, words, or both")
+                raise ValueError("Give a picture, words, or both")
             words = [] if picture is None else [pipeline.encode(_load(picture), config.num_tokens, fit)[0]]
             clock = Clock(config.num_inference_steps)
             for step in self._steps(prompt, words, config):
@@ -255,18 +255,15 @@ def build_config(**settings: Any) -> GenerationConfig:
     text_of(settings.get("negative_prompt", ""), "negative prompt")
     config = GenerationConfig.from_dict(settings)
     whole = {f.name: int(getattr(config, f.name)) for f in dataclasses.fields(config) if type(f.default) is int}
-    config = dataclasses.replace(config, **whole)
-    if config.guidance_low > config.guidance_high:
-        raise ValueError(f"guidance_low {config.guidance_low:g} is above guidance_high {config.guidance_high:g}")
-    return config
+    return dataclasses.replace(config, **whole)
 
 
 def text_of(value: object, name: str = "prompt") -> str:
     """The text itself. Raises ValueError when it is none or too long."""
     if not isinstance(value, str):
-        raise ValueError(f"the {name} must be text, got {type(value).__name__}")
+        raise ValueError(f"The {name} must be text, got {type(value).__name__}")
     if len(value) > MAX_PROMPT_CHARS:
-        raise ValueError(f"the {name} has {len(value)} characters, the limit is {MAX_PROMPT_CHARS}")
+        raise ValueError(f"The {name} has {len(value)} characters, the limit is {MAX_PROMPT_CHARS}")
     return value
 
 
@@ -294,14 +291,14 @@ def _is_shown(step: Step) -> bool:
 
 def _required(picture: Upload) -> Upload:
     if picture is None:
-        raise ValueError("give a picture first")
+        raise ValueError("Give a picture first")
     return picture
 
 
 def _load(picture: Upload) -> Image.Image:
     path = picture.get("path") if isinstance(picture, dict) else None
     if not isinstance(path, str):
-        raise ValueError("the picture must be an uploaded file")
+        raise ValueError("The picture must be an uploaded file")
     return load_image(path, on_note=_tell)
 
 

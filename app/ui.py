@@ -87,7 +87,7 @@ def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
                 controls = _build_controls(handlers, notes)
             with gr.Column(scale=7, min_width=300, elem_id="right"):
                 results = _build_results(handlers)
-                _build_examples(controls.picture)
+                _build_examples(controls.picture, controls.prompt)
         gr.HTML(_footer(handlers, notes), elem_id="small-print")
         _wire(demo, handlers, controls, results)
     return demo.queue(max_size=MAX_WAITING)
@@ -189,7 +189,7 @@ def _footer(handlers: Handlers, notes: Notes) -> str:
 def _build_controls(handlers: Handlers, notes: Notes) -> Controls:
     picture = gr.Image(
         label="Picture", type="filepath", image_mode=None, format="png", sources=["upload", "clipboard", "webcam"],
-        height=280, elem_id="picture", buttons=["fullscreen"],
+        height=250, elem_id="picture", buttons=["fullscreen"],
         webcam_options=gr.WebcamOptions(mirror=False), alt_text="Your picture",
     )  # fmt: skip
     with gr.Row(elem_id="sight"):
@@ -206,7 +206,6 @@ def _build_controls(handlers: Handlers, notes: Notes) -> Controls:
         info="<image> stands for the picture. Leave it empty for variations.", elem_id="prompt",
     )  # fmt: skip
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
-    gr.Examples([[text] for text in PROMPTS], [prompt], label="Example prompts", api_visibility="private")
     with gr.Row(elem_id="buttons"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=2)
         reconstruct = gr.Button("Reconstruct", elem_id="reconstruct", min_width=90, scale=1)
@@ -297,11 +296,12 @@ def _rung(num_tokens: int) -> gr.Image:
     )  # fmt: skip
 
 
-def _build_examples(picture: gr.Image) -> None:
+def _build_examples(picture: gr.Image, prompt: gr.Textbox) -> None:
     folder = ROOT / "assets" / "examples"
-    found = [[str(folder / name)] for name in EXAMPLES if (folder / name).is_file()]
-    if found:
-        gr.Examples(found, [picture], label="Example pictures", cache_examples=False, api_visibility="private")
+    pictures = [[str(folder / name)] for name in EXAMPLES if (folder / name).is_file()]
+    if pictures:
+        gr.Examples(pictures, [picture], label="Example pictures", cache_examples=False, api_visibility="private")
+    gr.Examples([[text] for text in PROMPTS], [prompt], label="Example prompts", api_visibility="private")
 
 
 def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results) -> None:

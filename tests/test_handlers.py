@@ -1,0 +1,309 @@
+"""The app's handlers on a tiny random pipeline, without a browser."""
+
+import math
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import app  # noqa: I001  first: it sets what gradio reads at import
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from app import budget, ui
+from app.handlers import Handlers, build_config, measure, rung_name, times_html
+from vilex.codes import load_code
+from vilex.config import GenerationConfig
+from vilex.pipeline import VilexPipeline
+from vilex.recipe import load_recipe
+
+assert app
+STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def handlers(pipeline: VilexPipeline) -> Handlers:
+    return Handlers(pipeline)
+
+
+@pytest.fixture
+def upload(picture: Image.Image, tmp_path: Path) -> dict[str, str]:
+    picture.save(tmp_path / "my corner.png")
+    return {"path": str(tmp_path / "my corner.png"), "orig_name": "my corner.png"}
+
+
+@pytest.fixture
+def calls(pipeline: VilexPipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes of the denoiser's calls."""
+    seen, denoise = [], pipeline.t2i.denoise
+    monkeypatch.setattr(pipeline.t2i, "denoise", lambda x, *rest: seen.append(len(x)) or denoise(x, *rest))
+    return seen
+
+
+def rebuild(handlers: Handlers, upload: dict, **changes: object) -> list[tuple]:
+    settings = {"fit": "crop", "view": "raw", "seed": 5, "num_inference_steps": STEPS} | changes
+    return list(handlers.reconstruct(upload, **settings))
+
+
+def draw(handlers: Handlers, upload: dict | None, prompt: str = "", **changes: object) -> list[tuple]:
+    settings = {"fit": "crop", "view": "raw", "seed": 5, "num_inference_steps": STEPS, "num_images": 2} | changes
+    return list(handlers.generate(upload, prompt, **settings))
+
+
+def is_skipped(value: object) -> bool:
+    return value == gr.skip()
+
+
+def test_reconstruct_fills_in_the_rungs_cheapest_first(handlers, upload):
+    updates = rebuild(handlers, upload)
+    assert handlers.rungs == [1, 16, 75]
+    *paths, times, status = updates[-1]
+    sizes = [load_recipe(path)["generation"]["num_tokens"] for path in paths]
+    assert sizes == [1, 16, 75]
+    assert times.count(" s</span>") == 3 and "seed 5" in status and "<progress" not in status
+    first_path = next(i for i, update in enumerate(updates) if isinstance(update[0], str))
+    assert all(update[1] is None or is_skipped(update[1]) for update in updates[: first_path + 1])
+    assert len(updates) == 3 * STEPS + 3 + 1
+
+
+def test_reconstructions_are_the_pipelines_own(handlers, upload, picture):
+    *paths, _, _ = rebuild(handlers, upload)[-1]
+    config = GenerationConfig(seed=5, num_inference_steps=STEPS)
+    expected = [generation.images[0] for _, generation in handlers.pipeline.reconstruct(picture, [1, 16, 75], config)]
+    assert [Image.open(path).tobytes() for path in paths] == [image.tobytes() for image in expected]
+
+
+def test_status_counts_steps_and_time(handlers, upload):
+    statuses = [update[-1] for update in draw(handlers, upload)][:-1]
+    assert [re.search(r"step (\d) of 3 · \d+\.\d s left", status)[1] for status in statuses] == ["1", "2", "3"]
+
+
+def test_generate_gives_the_pictures_of_their_seeds_with_recipes(handlers, upload, picture):
+    pictures, seed, status = draw(handlers, upload, "<image> in style of monet")[-1]
+    assert seed == 5 and status.startswith("<p>Drawn in")
+    assert [caption for _, caption in pictures] == ["seed 5", "seed 6"]
+    recipes = [load_recipe(path) for path, _ in pictures]
+    assert [recipe["generation"]["seed"] for recipe in recipes] == [5, 6]
+    assert {recipe["prompt"] for recipe in recipes} == {"<image> in style of monet"}
+    config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_images=2)
+    expected = handlers.pipeline.generate("<image> in style of monet", [picture], config).images
+    assert [Image.open(path).tobytes() for path, _ in pictures] == [image.tobytes() for image in expected]
+
+
+def test_words_alone_and_a_picture_alone_are_enough(handlers, upload):
+    assert len(draw(handlers, None, "a red dog")[-1][0]) == 2
+    assert len(draw(handlers, upload)[-1][0]) == 2
+
+
+def test_what_did_not_fit_is_said(handlers, upload):
+    status = draw(handlers, upload, "dog " * 30)[-1][-1]
+    assert "Image 1 keeps 1 of 75 tokens; the last words did not fit" in status
+
+
+def test_enlarged_results_are_enlarged(handlers, upload):
+    large = Handlers(handlers.pipeline, lambda image: image.resize((128, 128)))
+    assert {Image.open(path).size for path, _ in draw(large, upload, view="enlarged")[-1][0]} == {(128, 128)}
+    assert {Image.open(path).size for path, _ in draw(large, upload, view="raw")[-1][0]} == {(32, 32)}
+
+
+def test_each_request_has_a_folder_of_its_own_in_the_cache(handlers, upload, cache):
+    folders = {Path(path).parent for _ in range(2) for path, _ in draw(handlers, upload)[-1][0]}
+    assert len(folders) == 2 and {folder.parent for folder in folders} == {cache}
+
+
+def test_encode_writes_tokens_for_this_model(handlers, upload):
+    path = handlers.encode(upload, "pad", 7)
+    code = load_code(path, handlers.pipeline.fingerprint)
+    assert Path(path).name == "my-corner.vilex" and code.vilex_tokens.shape == (7, 8)
+
+
+@pytest.mark.parametrize("name", ["reconstruct", "generate"])
+def test_closing_stops_within_one_step(handlers, upload, calls, caplog, name):
+    caplog.set_level("INFO", "app")
+    extra = {"prompt": "a dog"} if name == "generate" else {}
+    job = getattr(handlers, name)(upload, **extra, fit="crop", view="raw", seed=0, num_inference_steps=50)
+    next(job), next(job)
+    job.close()
+    assert len(calls) == 2
+    assert "stopped after step 2 of 50" in caplog.text
+
+
+def test_stop_says_so_only_when_something_ran(handlers, upload):
+    assert "Stopped" in handlers.stopped(draw(handlers, upload)[0][-1])
+    assert is_skipped(handlers.stopped(draw(handlers, upload)[-1][-1]))
+
+
+BAD_NUMBERS = [
+    ({"seed": math.nan}, "seed must be a number, got nan"),
+    ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+    ({"seed": None}, "seed must be a number, got None"),
+    ({"seed": -1}, "seed must be between 0 and"),
+    ({"seed": 2**32 - 1, "num_images": 4}, "seed + num_images must not exceed 2^32"),
+    ({"num_images": 17}, "num_images must be between 1 and 16, got 17"),
+    ({"num_images": True}, "num_images must be a number, got True"),
+    ({"num_tokens": 0}, "num_tokens must be between 1 and 75, got 0"),
+    ({"num_tokens": "many"}, "num_tokens must be a number, got 'many'"),
+    ({"tfg_scale": math.inf}, "tfg_scale must be a number, got inf"),
+    ({"num_inference_steps": 10**9}, "num_inference_steps must be between 1 and 200"),
+    ({"guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low 0.8 must not exceed guidance_high 0.2"),
+    ({"scheduler": "magic"}, "scheduler must be one of dpm++, ddim, euler, got 'magic'"),
+    ({"scheduler": "euler"}, "scheduler 'euler' is for latent models"),
+    ({"negative_prompt": "x" * 1001}, "The negative prompt has 1001 characters, the limit is 1000"),
+    ({"negative_prompt": 3}, "The negative prompt must be text, got int"),
+    ({"prompt": "x" * 10_000}, "The prompt has 10000 characters, the limit is 1000"),
+    ({"prompt": None}, "The prompt must be text, got NoneType"),
+    ({"prompt": "<image:2>"}, "&lt;image:2&gt; asks for an image that is not there"),
+    ({"fit": "squeeze"}, "fit must be crop or pad, got 'squeeze'"),
+    ({"view": "huge"}, "view must be one of enlarged, raw, got 'huge'"),
+    ({"volume": 11}, "GenerationConfig has no setting 'volume'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_NUMBERS, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_bad_settings_are_refused_before_anything_is_drawn(handlers, upload, calls, changes, message):
+    with pytest.raises(gr.Error) as error:
+        draw(handlers, upload, **changes)
+    assert error.value.message.startswith(message)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "empty.png", "empty.png is not a readable picture: it is empty"),
+        (b"no picture", "<b>.png", "&lt;b&gt;.png is not a readable picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing.svg", "drawing.svg is not a readable picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "eps.png", "eps.png is not a readable picture"),
+    ],
+)
+def test_bad_files_give_one_sentence(handlers, tmp_path, content, name, message):
+    (tmp_path / name).write_bytes(content)
+    upload = {"path": str(tmp_path / name)}
+    for call in (lambda: rebuild(handlers, upload), lambda: handlers.look(upload, "crop")):
+        with pytest.raises(gr.Error) as error:
+            call()
+        assert error.value.message.startswith(message)
+
+
+def test_no_picture_is_said_and_not_a_defect(handlers):
+    for call in (lambda: rebuild(handlers, None), lambda: handlers.encode(None, "crop", 4)):
+        with pytest.raises(gr.Error, match="Give a picture first"):
+            call()
+    with pytest.raises(gr.Error, match="Give a picture, words, or both"):
+        draw(handlers, None, "  ")
+    assert list(handlers.reconstruct_new(None, "crop", "raw")) == []
+    assert handlers.look(None, "crop") is None
+
+
+def test_a_defect_gives_a_number_that_is_in_the_log_and_the_next_request_works(handlers, upload, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(VilexPipeline, "encode", lambda *_: 1 / 0)
+        with pytest.raises(gr.Error, match="Something went wrong; the log has the details") as error:
+            draw(handlers, upload)
+    number = error.value.message.split()[-1]
+    assert number in caplog.text and "ZeroDivisionError" in caplog.text and "division" not in error.value.message
+    assert len(draw(handlers, upload)[-1][0]) == 2
+
+
+def test_look_is_what_the_encoder_sees(handlers, upload):
+    crop, pad = handlers.look(upload, "crop"), handlers.look(upload, "pad")
+    assert crop.size == pad.size == (32, 32)
+    assert pad.getpixel((16, 1)) == (255, 255, 255) and crop.getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_budget_counts_the_slots_of_pictures_and_words(pipeline):
+    spent = budget.spend(pipeline, "<image> a red dog", 1, 6)
+    assert [(part.kind, part.text, part.slots) for part in spent.parts] == [
+        ("image", "image", 6), ("word", "a", 1), ("word", "red", 1), ("word", "dog", 1)
+    ]  # fmt: skip
+    assert (spent.capacity, spent.free) == (22, 13)
+    assert "6 slots for the picture, 3 for words, 13 of 22 free" in budget.to_html(spent)
+
+
+def test_budget_strikes_out_the_words_that_do_not_fit(pipeline):
+    html = budget.to_html(budget.spend(pipeline, "dog " * 22 + "cat", 1, 6))
+    assert html.count("<del>") == 2 and "<del>cat</del>" in html and "the last words did not fit" in html
+
+
+def test_nothing_a_user_writes_becomes_html(handlers, upload):
+    prompt = '<script>alert("1")</script> <img src=x onerror=alert(2)> ' + "dog " * 20
+    bar, _ = handlers.plan(upload, prompt, 75)
+    assert not re.search(r"<(script|img)", bar) and "onerror" in bar
+    assert 'title="&quot;: 1 slot"' in bar
+    assert not re.search(r"<(script|img)", draw(handlers, upload, prompt)[-1][-1])
+
+
+@pytest.mark.parametrize(
+    ("has_picture", "prompt", "works"),
+    [(True, "<image> a dog", True), (True, "", False), (True, "<image>", False), (False, "a dog", False)],
+)
+def test_the_tfg_slider_is_greyed_with_a_reason(handlers, upload, has_picture, prompt, works):
+    _, slider = handlers.plan(upload if has_picture else None, prompt, 75)
+    assert slider["interactive"] is works
+    assert ("Has no effect" in slider["info"]) is not works
+
+
+def test_a_prompt_that_cannot_be_is_explained_under_it(handlers, upload):
+    bar, slider = handlers.plan(upload, "<image:3>", 75)
+    assert "&lt;image:3&gt; asks for an image that is not there" in bar and is_skipped(slider)
+
+
+def test_without_weights_every_button_names_the_command():
+    handlers = Handlers(None, problem="no weights; get them with: hf download a/b")
+    for call in (lambda: rebuild(handlers, None), lambda: draw(handlers, None, "a"), lambda: handlers.encode(None, "crop", 1)):
+        with pytest.raises(gr.Error, match="hf download a/b"):
+            call()
+    assert "weights" in handlers.plan(None, "a", 75)[0]
+    html = str(ui.build_demo(handlers).get_config_file())
+    assert "No weights are loaded" in html and "hf download a/b" in html
+
+
+def test_whole_numbers_arrive_as_int():
+    config = build_config(num_inference_steps=4.0, seed=7.0)
+    assert (config.num_inference_steps, config.seed) == (4, 7) and type(config.seed) is int
+
+
+def test_measure_takes_some_time(pipeline):
+    assert 0 < measure(pipeline) < 60
+
+
+def test_times_name_every_budget():
+    assert times_html([1, 16], ["0.5 s"]).count("<span>") == 2 and rung_name(1) == "1 token"
+
+
+def test_page_offers_named_endpoints_that_share_one_queue(handlers):
+    demo = ui.build_demo(handlers, ui.Notes(steps=4))
+    names = {f.api_name for f in demo.fns.values() if f.api_visibility == "public" and f.api_name}
+    assert names == {"reconstruct", "generate", "encode"}
+    compute = [f for f in demo.fns.values() if f.concurrency_id == "compute"]
+    assert len(compute) == 4 and {f.concurrency_limit for f in compute} == {1}
+    parameters = demo.get_api_info()["named_endpoints"]["/generate"]["parameters"]
+    assert {f.name for f in fields(GenerationConfig)} <= {parameter["parameter_name"] for parameter in parameters}
+    assert demo.delete_cache == (3600, 86400)
+
+
+def test_a_new_seed_is_drawn_in_the_seeds_place_unless_it_is_kept(handlers):
+    demo = ui.build_demo(handlers)
+    draw_event = next(f for f in demo.fns.values() if f.api_name == "generate")
+    position = [block.elem_id for block in draw_event.inputs].index("seed")
+    assert f"inputs[{position}] = Math.floor(Math.random() * 1e6)" in draw_event.js and "#lock input" in draw_event.js
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("LICENSE_WEIGHTS", "terms", "non-commercial research"),
+        ("README.md", "---\nlicense: other\nlicense_name: my-own\n---", "Licence of the weights: my-own."),
+        ("notes.txt", "", "The weights in use name no licence."),
+    ],
+)
+def test_licence_line_comes_from_the_weights_folder(tmp_path, name, text, line):
+    (tmp_path / name).write_text(text)
+    assert line in ui.weights_licence(tmp_path)
