@@ -2,24 +2,28 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from train.batches import Batch, CaptionTable, draw_batch
-from train.data import Pictures, load_pictures, sampling_weights
+from train.data import Pictures, Record, load_pictures, sampling_weights
+from train.loss import Noise, draw_noise
 from train.presets import PRESETS, Preset, TrainConfig
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.diffusion import TextToImage
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)  # speaks on the main process only
 MAX_HELD_OUT = 512  # pictures of the validation loss
 _BYTES_PER_PARAMETER = 20  # fp32 weight, gradient, two moments, EMA
+_NOISE_STREAM = 1  # of step_generator
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,6 @@ class RunOptions:
     """How and where to train, beside what the TrainConfig says."""
 
     out: Path
-    workers: int = 1
     accumulate: int = 1
     compiled: bool = False
     fp32: bool = False
@@ -45,9 +48,9 @@ _OPTIONS = (
     click.option("--batch-size", type=int, help="Instead of the preset's."),
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
-    click.option("--workers", type=int, default=1, show_default=True, help="Processes that write captions."),
-    click.option("--threads", type=int, help="CPU threads of torch."),
-    click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches per step."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch."),
+    click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
+                 help="Micro-batches per step."),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile the denoiser."),
     click.option("--fp32", is_flag=True, help="No bf16 autocast."),
     click.option("--dry-run", is_flag=True, help="Log sizes, compute and memory, then stop."),
@@ -69,21 +72,34 @@ def start(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def override(config: TrainConfig, accumulate: int, overrides: dict[str, float | None]) -> TrainConfig:
-    """The preset's settings with those given on the command line. Raises ValueError when they do not fit."""
-    config = replace(config, **{k: v for k, v in overrides.items() if v is not None})
-    if accumulate < 1 or config.batch_size % accumulate:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of accumulate {accumulate}")
-    return config
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What a user got wrong, in one sentence and with exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def override(config: TrainConfig, overrides: dict[str, float | None]) -> TrainConfig:
+    """The preset's settings with those given on the command line. Raises ValueError when one is out of range."""
+    return replace(config, **{k: v for k, v in overrides.items() if v is not None})
 
 
 def load_data(
-    preset: Preset, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None
+    image_size: int, data: Sequence[str], validation: Sequence[str] = (), limit: int | None = None
 ) -> tuple[Pictures, Pictures | None]:
     """Training pictures, and the held-out ones if any."""
-    size = preset.unet.image_size
-    held_out = load_pictures(list(validation), image_size=size, limit=MAX_HELD_OUT) if validation else None
-    return load_pictures(list(data), image_size=size, limit=limit), held_out
+    held_out = load_pictures(list(validation), image_size=image_size, limit=MAX_HELD_OUT) if validation else None
+    return load_pictures(list(data), image_size=image_size, limit=limit), held_out
+
+
+def source_weights(records: Sequence[Record], shares: Mapping[str, float]) -> Tensor | None:
+    """Probability of each picture (S,) by its source's share; None, all alike, if a source has no share."""
+    sources = {record.source for record in records}
+    if not sources <= shares.keys():
+        return None
+    return sampling_weights(records, {source: share for source, share in shares.items() if source in sources})
 
 
 class TrainingRun(ABC):
@@ -109,19 +125,22 @@ class TrainingRun(ABC):
             )
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
-        self.weights = sampling_weights(pictures.records, preset.source_weights) if preset.source_weights else None
+        self.weights = source_weights(pictures.records, preset.source_weights)
         self.pictures, self.held_out = pictures.to(self.device), held_out and held_out.to(self.device)
 
-    def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Hands the trained module and its optimiser to accelerate and to the run's state."""
-        model = torch.compile(module) if self.options.compiled else module
+    def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
+        """Hands the trained module, or `model` around it, and its optimiser to accelerate and to the run's state."""
         self.module = module
-        self.model, optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, optimizer = self.accelerator.prepare(model or module, optimizer)
         self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config)
 
+    def compiled(self, denoiser: nn.Module) -> nn.Module:
+        """The denoiser, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
+        return torch.compile(denoiser) if self.options.compiled else denoiser
+
     @abstractmethod
-    def batch_loss(self, batch: Batch, global_step: int, generator: torch.Generator) -> Tensor:
-        """Mean loss of a batch, 0-d; all that is random comes from `generator` or from (seed, global_step)."""
+    def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
+        """Mean loss of a batch, 0-d; what else is random comes from (seed, global_step)."""
 
     @abstractmethod
     def sample(self) -> dict[str, float]:
@@ -133,51 +152,66 @@ class TrainingRun(ABC):
 
     @property
     def trim(self) -> bool:
-        """Whether prompts are cut to the longest of the batch: fixed shapes are faster on a GPU only."""
-        return self.device.type == "cpu"
+        """Whether prompts are cut to the longest of the batch: fixed shapes are faster on a GPU only.
+
+        Latent models read their padding, so there it stays.
+        """
+        return self.device.type == "cpu" and self.t2i.embedded
+
+    @property
+    def micro_size(self) -> int:
+        """Pictures of one micro-batch on one process."""
+        return self.config.batch_size // (self.options.accumulate * self.accelerator.num_processes)
 
     def loss(self, global_step: int, micro: int) -> Tensor:
-        """Loss of one micro-batch on this process."""
-        size = self.config.batch_size // (self.options.accumulate * self.accelerator.num_processes)
-        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
-        share = slice(first, first + size)
+        """Loss of one micro-batch on this process: a share of the step's pictures and of its noise."""
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_size
+        share = slice(first, first + self.micro_size)
         batch = draw_batch(self.pictures, self.captions.variants, self.config, self.weights, global_step, share)
-        generator = step_generator(self.config.seed, global_step, first + 1, self.device)
+        generator = step_generator(self.config.seed, global_step, _NOISE_STREAM, self.device)
+        # drawn for the whole step, so that a run does not depend on how its batches are split
+        noise = draw_noise(self.t2i, self.config.batch_size, generator).rows(share)
         with self.accelerator.autocast():
-            return self.batch_loss(batch, global_step, generator)
+            return self.batch_loss(batch, noise, global_step)
 
     def report(self) -> None:
         """Logs sizes, compute and memory before the first step."""
-        parameters = parameter_count(self.module)
-        pictures = self.config.batch_size / (self.options.accumulate * self.accelerator.num_processes)
-        flops = count_flops(lambda: self.loss(0, 0)) / pictures
+        with torch.compiler.set_stance("force_eager"):  # compiled code hides its operations
+            self.flops_per_picture = count_flops(lambda: self.loss(0, 0)) / self.micro_size
         self.module.zero_grad()
+        config, parameters = self.config, parameter_count(self.module)
         stored = self.pictures.pixels.nbytes + self.captions.ids.nbytes
         log.info("%d pictures, %.2f GB with %d texts each", len(self.pictures), stored / 1e9, self.captions.variants)
-        log.info("%.2fM trained parameters; with gradients, optimiser and EMA %.2f GB", parameters / 1e6,
+        log.info("%.2fM trained parameters; with gradients, optimiser and EMA up to %.2f GB", parameters / 1e6,
                  parameters * _BYTES_PER_PARAMETER / 1e9)
-        total = flops * self.config.batch_size * self.config.max_steps
-        log.info("%.2f GFLOP per picture, %.3f PFLOP for %d steps of %d pictures", flops / 1e9, total / 1e15,
-                 self.config.max_steps, self.config.batch_size)
-        self.flops_per_picture = flops
+        log.info("%.2f GFLOP per picture, %.3f PFLOP for %d steps of %d pictures", self.flops_per_picture / 1e9,
+                 self.flops_per_picture * config.batch_size * config.max_steps / 1e15, config.max_steps,
+                 config.batch_size)
+
+    def resume(self) -> None:
+        """Takes up the run in --out, if there is one. Raises ValueError when it has other settings."""
+        if self.state.resume():
+            log.info("resuming at step %d", self.state.global_step)
 
     def run(self) -> None:
         """Trains what is left of the run and writes its weights; with dry_run only reports."""
         self.report()
         if self.options.dry_run:
             return
-        if self.state.resume():
-            log.info("resuming at step %d", self.state.global_step)
-        with torch.random.fork_rng():
-            train(self.state, self.model, self.loss, self._sample, self.flops_per_picture)
+        train(self.state, self.model, self.loss, self._sample, self.flops_per_picture)
         if self.accelerator.is_main_process:
-            with self.state.averaged():
+            with self.state.averaged(), self._evaluating():
                 self.save_weights()
+        self.accelerator.end_training()
 
     def _sample(self) -> dict[str, float]:
+        with self._evaluating(), self.accelerator.autocast():
+            return self.sample()
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         self.module.eval()
         try:
-            with self.accelerator.autocast():
-                return self.sample()
+            yield
         finally:
-            self.module.train()
+            self.module.train().requires_grad_(True)  # a pipeline freezes its parts

@@ -5,7 +5,6 @@ command again: the checkpoint holds weights, EMA, optimiser and step, and no ran
 """
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +21,10 @@ from tqdm import tqdm
 
 from train.presets import TrainConfig
 
-log = logging.getLogger(__name__)
 Loss = Callable[[int, int], Tensor]  # (global_step, micro_step) -> mean loss of that micro-batch
+CHECKPOINT_NAME = "checkpoint.pt"
+METRICS_NAME = "metrics.jsonl"
+MAY_CHANGE = {"max_steps", "sample_every", "save_every", "log_every"}  # settings that a resumed run may change
 
 
 def lr_schedule(config: TrainConfig, global_step: int) -> float:
@@ -35,7 +36,7 @@ def lr_schedule(config: TrainConfig, global_step: int) -> float:
 
 
 def step_generator(seed: int, global_step: int, stream: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on seed, step and stream number (one per process and micro-batch) alone."""
+    """A generator that depends on seed, step and stream number alone; streams 0 to 1008 of all steps differ."""
     mixed = (seed * 1_000_003 + global_step) * 1_009 + stream
     return torch.Generator(device).manual_seed(mixed % 2**63)
 
@@ -60,24 +61,30 @@ class TrainState:
         self.module, self.optimizer = module, optimizer
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.global_step = 0
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def path(self) -> Path:
-        return self.folder / "checkpoint.pt"
+        return self.folder / CHECKPOINT_NAME
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens each `every` steps, and at the end, happens after this step."""
+        return self.global_step % every == 0 or self.global_step == self.config.max_steps
 
     def resume(self) -> bool:
         """Whether a checkpoint was there and has been loaded. Raises ValueError if it is of another run."""
         if not self.path.is_file():
             return False
         saved = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
-        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - {"max_steps", "log_every"}
+        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - MAY_CHANGE
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({', '.join(sorted(changed))}); "
                 "give another --out or the same settings"
             )
-        self.module.load_state_dict(saved["module"])
+        try:
+            self.module.load_state_dict(saved["module"])
+        except RuntimeError as error:
+            raise ValueError(f"{self.folder} holds a run of another network; give another --out") from error
         self.optimizer.load_state_dict(saved["optimizer"])
         self.ema.load_state_dict(saved["ema"])
         self.global_step = saved["global_step"]
@@ -100,11 +107,21 @@ class TrainState:
         )
         temporary.replace(self.path)
 
+    def open_log(self) -> None:
+        """Makes the folder; lines of metrics.jsonl from after the checkpoint go, since they will be written again."""
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / METRICS_NAME
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if self.global_step and path.is_file() else []
+        kept = [line for line in lines if json.loads(line)["global_step"] <= self.global_step]
+        path.write_text("".join(kept), encoding="utf-8")
+
     def log_metrics(self, **metrics: float) -> None:
         """One line of metrics.jsonl."""
         if self.accelerator.is_main_process:
             line = {"global_step": self.global_step, "images_seen": self.global_step * self.config.batch_size} | metrics
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / METRICS_NAME, "a", encoding="utf-8") as file:
                 file.write(json.dumps({k: round(v, 7) for k, v in line.items()}) + "\n")
 
     @contextmanager
@@ -118,6 +135,26 @@ class TrainState:
             self.ema.restore(self.module.parameters())
 
 
+class _Meter:
+    """Mean loss and speed since it was last restarted."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self.restart()
+
+    def restart(self) -> None:
+        self.since, self.started = self.state.global_step, time.perf_counter()
+        self.total = torch.zeros((), device=self.state.accelerator.device)
+
+    def read(self) -> tuple[float, float]:
+        """Mean loss over all processes, and pictures per second. Raises FloatingPointError unless it is finite."""
+        steps = self.state.global_step - self.since
+        loss = self.state.accelerator.reduce(self.total / steps, "mean").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {self.state.global_step}; lower the learning rate")
+        return loss, steps * self.state.config.batch_size / (time.perf_counter() - self.started)
+
+
 def train(
     state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[], dict[str, float]], flops_per_picture: float
 ) -> None:
@@ -126,36 +163,29 @@ def train(
     model: the module as prepared by accelerate (it may be wrapped or compiled); on_sample writes sample
     grids under the EMA weights and returns metrics for the log.
     """
-    config, accelerator = state.config, state.accelerator
+    config, meter = state.config, _Meter(state)
+    state.open_log()
     if state.global_step == 0:
         _sample(state, on_sample)
-    bar = tqdm(total=config.max_steps, initial=state.global_step, disable=not accelerator.is_main_process, mininterval=5)
-    started, since, total = time.perf_counter(), state.global_step, torch.zeros((), device=accelerator.device)
-    while state.global_step < config.max_steps:
-        value, grad_norm = _step(state, model, loss)
-        total += value
-        bar.update()
-        done = state.global_step == config.max_steps
-        if state.global_step % config.log_every == 0 or done:
-            mean = (total / (state.global_step - since)).item()
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {state.global_step}; lower the learning rate")
-            speed = (state.global_step - since) * config.batch_size / (time.perf_counter() - started)
-            rate = lr_schedule(config, state.global_step - 1) * state.base_rates[0]
-            state.log_metrics(
-                loss=mean, grad_norm=float(grad_norm), learning_rate=rate, images_per_second=speed,
-                tflops=speed * flops_per_picture / 1e12,
-            )  # fmt: skip
-            bar.set_postfix(loss=f"{mean:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
-            started, since = time.perf_counter(), state.global_step
-            total.zero_()
-        if state.global_step % config.sample_every == 0 or done:
-            _sample(state, on_sample)
-            started, since = time.perf_counter(), state.global_step
-            total.zero_()
-        if state.global_step % config.save_every == 0 or done:
-            state.save()
-    bar.close()
+        meter.restart()
+    with _progress(state) as bar:
+        while state.global_step < config.max_steps:
+            value, grad_norm = _step(state, model, loss)
+            meter.total += value
+            bar.update()
+            if state.due(config.log_every):
+                _log(state, meter, bar, grad_norm, flops_per_picture)
+                meter.restart()
+            if state.due(config.sample_every):
+                _sample(state, on_sample)
+                meter.restart()
+            if state.due(config.save_every):
+                state.save()
+
+
+def _progress(state: TrainState) -> tqdm:
+    hidden = not state.accelerator.is_main_process
+    return tqdm(total=state.config.max_steps, initial=state.global_step, disable=hidden, mininterval=5)
 
 
 def _step(state: TrainState, model: nn.Module, loss: Loss) -> tuple[Tensor, Tensor]:
@@ -176,6 +206,16 @@ def _step(state: TrainState, model: nn.Module, loss: Loss) -> tuple[Tensor, Tens
     state.ema.step(state.module.parameters())
     state.global_step += 1
     return total / accelerator.gradient_accumulation_steps, grad_norm
+
+
+def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_per_picture: float) -> None:
+    loss, speed = meter.read()
+    rate = lr_schedule(state.config, state.global_step - 1) * state.base_rates[0]
+    state.log_metrics(
+        loss=loss, grad_norm=float(grad_norm), learning_rate=rate, images_per_second=speed,
+        tflops=speed * flops_per_picture / 1e12,
+    )  # fmt: skip
+    bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
 
 
 def _sample(state: TrainState, on_sample: Callable[[], dict[str, float]]) -> None:

@@ -1,8 +1,9 @@
 """Trains the embedded pixel-space text-to-image model.
 
-    accelerate launch -m train.train_t2i --preset nano --data 'pictures64-train-*.parquet' --out runs/t2i
+    python -m train.train_t2i --preset nano --data 'pictures64-train-*.parquet' --out runs/t2i
 
-Running the same command again resumes the run exactly. `--init-from` starts from shipped weights instead.
+Running the same command again resumes the run exactly; `torchrun --nproc_per_node N -m` in place of
+`python -m` trains on N GPUs. `--init-from` starts from shipped weights instead.
 """
 
 from collections.abc import Sequence
@@ -11,19 +12,18 @@ from pathlib import Path
 
 import click
 import torch
-import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from train.batches import Batch, tabulate
-from train.captions import plain_caption, write_captions
+from train.captions import write_captions
 from train.data import Pictures
+from train.loss import Noise, diffusion_loss, draw_noise
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
-from train.run import RunOptions, TrainingRun, load_data, override, start, training_options
+from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import step_generator
-from vilex.checkpoint import load_pretrained
+from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
-from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler
+from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler, load_t2i
 from vilex.images import contact_sheet, to_images
 from vilex.minilm import load_text_encoder
 from vilex.prompt import compose
@@ -49,48 +49,27 @@ GRID_PROMPTS = (
 )
 
 
-def diffusion_loss(
-    t2i: TextToImage,
-    denoiser: torch.nn.Module,
-    latents: Tensor,
-    condition: Conditioning,
-    generator: torch.Generator,
-    snr_gamma: float = 0.0,
-) -> Tensor:
-    """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped.
-
-    With snr_gamma, min-SNR weights for v-prediction: min(snr, gamma) / (snr + 1). Source: Hang et al. 2023.
-    """
-    B, scheduler = len(latents), t2i.scheduler
-    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-    timesteps = torch.randint(scheduler.config.num_train_timesteps, (B,), generator=generator, device=latents.device)
-    noisy_latents = scheduler.add_noise(latents, noise, timesteps)
-    prediction = denoiser(
-        noisy_latents,
-        timesteps,
-        encoder_hidden_states=condition.prompt_embeds,
-        class_labels=condition.pooled,
-        encoder_attention_mask=condition.mask,
-        return_dict=False,
-    )[0]
-    errors = F.mse_loss(prediction.float(), t2i.target(latents, noise, timesteps), reduction="none").mean((1, 2, 3))
-    if snr_gamma:
-        alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timesteps]
-        snr = alpha_bar / (1 - alpha_bar)
-        errors = errors * snr.clamp(max=snr_gamma) / (snr + 1)
-    return errors.mean()
-
-
 def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None, seed: int) -> TextToImage:
-    """An embedded model whose denoiser is random, or that of the weights in `init_from`."""
+    """An embedded model whose denoiser is random, or the one saved in `init_from`.
+
+    Raises ValueError when that one does not draw pictures of the preset's size from embedded text.
+    """
+    if init_from is not None:
+        return _load_model(preset, text_encoder, init_from)
     config = T2IConfig(pixel_unshuffle=preset.unet.pixel_unshuffle, context_length=preset.context_length)
     tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
-    if init_from is None:
-        torch.manual_seed(seed)
-        denoiser = build_unet(preset.unet, encoder.config.hidden_size)
-    else:
-        denoiser = load_pretrained(UNet2DConditionModel, init_from / "unet")
+    torch.manual_seed(seed)
+    denoiser = build_unet(preset.unet, encoder.config.hidden_size)
     return TextToImage(config, tokenizer, encoder, denoiser, build_noise_scheduler())
+
+
+def _load_model(preset: Preset, text_encoder: str | None, folder: Path) -> TextToImage:
+    t2i = load_t2i(folder, text_encoder)
+    if not t2i.embedded:
+        raise ValueError(f"{folder} is not an embedded pixel-space model, the only kind that is trained here")
+    if t2i.image_size != preset.unet.image_size:
+        raise ValueError(f"{folder} draws pictures of {t2i.image_size} px, the preset's have {preset.unet.image_size}")
+    return t2i
 
 
 def sample_prompts(t2i: TextToImage, prompts: Sequence[str], config: GenerationConfig) -> Tensor:
@@ -115,8 +94,8 @@ def validation_loss(t2i: TextToImage, pictures: Pictures, config: TrainConfig, b
         prompt = texts.prompt(torch.arange(len(indices)), torch.zeros_like(indices), trim=True)
         condition = t2i.encode_prompt(prompt)
         latents = t2i.encode(pictures.batch(indices))
-        generator = step_generator(config.seed, start, device=latents.device)
-        total += diffusion_loss(t2i, t2i.denoiser, latents, condition, generator).item() * len(indices)
+        noise = draw_noise(t2i, len(indices), step_generator(config.seed, start, device=latents.device))
+        total += diffusion_loss(t2i, t2i.denoiser, latents, condition, noise).item() * len(indices)
     return total / len(pictures)
 
 
@@ -125,26 +104,25 @@ class T2IRun(TrainingRun):
 
     def __init__(
         self, t2i: TextToImage, pictures: Pictures, held_out: Pictures | None, preset: Preset, config: TrainConfig,
-        options: RunOptions,
+        options: RunOptions, workers: int = 1,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         texts = write_captions(
-            pictures, config.caption_variants, seed=config.seed, workers=options.workers,
-            empty_share=config.empty_fraction,
+            pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction,
         )  # fmt: skip
         self.captions = tabulate(texts, t2i.tokenizer, t2i.config.context_length).to(self.device)
         denoiser = t2i.denoiser.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(
             denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.attach(denoiser, optimizer)
+        self.attach(denoiser, optimizer, self.compiled(denoiser))
 
-    def batch_loss(self, batch: Batch, global_step: int, generator: torch.Generator) -> Tensor:
+    def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions."""
         with torch.no_grad():
             condition = self.t2i.encode_prompt(self.captions.prompt(batch.indices, batch.variant, self.trim))
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
-        return diffusion_loss(self.t2i, self.model, latents, condition, generator, self.config.snr_gamma)
+        return diffusion_loss(self.t2i, self.model, latents, condition, noise, self.config.snr_gamma)
 
     def sample(self) -> dict[str, float]:
         """A grid of fixed prompts, and the validation loss."""
@@ -162,6 +140,8 @@ class T2IRun(TrainingRun):
 @training_options
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A t2i folder.")
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Processes that write captions.")
 def main(
     preset: str, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None, out: Path,
     text_encoder: str | None, init_from: Path | None, workers: int, threads: int | None, accumulate: int,
@@ -170,15 +150,14 @@ def main(
     """Train the embedded text-to-image model."""
     start(threads)
     recipe = PRESETS[preset]
-    try:
-        config = override(recipe.t2i, accumulate, overrides)
-        pictures, held_out = load_data(recipe, data, validation, limit)
+    with usage_errors():
+        config = override(recipe.t2i, overrides)
+        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
-        options = RunOptions(out, workers, accumulate, compiled, fp32, dry_run)
-        run = T2IRun(t2i, pictures, held_out, recipe, config, options)
-        run.run()
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
+        run.resume()
+    run.run()
 
 
 if __name__ == "__main__":

@@ -1,36 +1,42 @@
 """Trains ViLex: a vision tower and a pooler that write pictures as words of a frozen text-to-image model.
 
-    accelerate launch -m train.train_vilex --preset nano --t2i runs/t2i/t2i --data 'pictures64-train-*.parquet' \
+    python -m train.train_vilex --preset nano --t2i runs/t2i/t2i --data 'pictures64-train-*.parquet' \
         --out runs/vilex
 
 The loss is the diffusion loss of the frozen model; gradients pass through its denoiser and text encoder to
-the tokens. Half of the batches hold the image alone, half the image with words. Source: ViLex (CVPR 2025).
+the tokens. Half of the batches hold the image alone, half the image with words. With `--encoder-init teacher`
+a new tower first learns from a trained network. Source: ViLex (CVPR 2025).
 """
 
-import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers.optimization import Adafactor
 
 from train.batches import Batch, CaptionTable, tabulate
-from train.captions import content_caption, plain_caption, style_caption
 from train.data import Pictures
+from train.distil import DistilConfig, distil_encoder
+from train.loss import Noise, diffusion_loss, draw_noise
+from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig
-from train.run import RunOptions, TrainingRun, load_data, override, start, training_options
-from train.state import step_generator
-from train.train_t2i import diffusion_loss
+from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
+from train.state import CHECKPOINT_NAME, step_generator
+from train.subjects import content_caption, plain_caption, style_caption
 from vilex.config import DEFAULT_BUDGETS, GenerationConfig
-from vilex.diffusion import TextToImage, load_t2i
+from vilex.diffusion import Conditioning, TextToImage, load_t2i
+from vilex.encoder import build_encoder
 from vilex.images import contact_sheet, to_images
 from vilex.model import ViLex, load_vilex
 from vilex.pipeline import VilexPipeline
 from vilex.pooler import sample_num_tokens
-from vilex.prompt import ComposedPrompt, compose_leading, embedding_module, special_tokens
+from vilex.prompt import ComposedPrompt, compose, compose_leading, embedding_module, special_tokens
+from vilex.sampling import Conditions, sample
 
-log = logging.getLogger(__name__)
 LADDER_PICTURES = 8
 _TOKENS_STREAM, _WORDS_STREAM = 1001, 1002  # of step_generator; every process draws the same
 
@@ -62,16 +68,30 @@ class VilexRun(TrainingRun):
 
     def __init__(
         self, t2i: TextToImage, model: ViLex, pictures: Pictures, held_out: Pictures | None, preset: Preset,
-        config: TrainConfig, options: RunOptions,
+        config: TrainConfig, options: RunOptions, distil: DistilConfig | None = None,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         self.captions = tabulate_words(pictures, t2i).to(self.device)
         self.special = special_tokens(t2i.tokenizer)
-        self.ladder = held_out or pictures
+        self.denoiser = self.compiled(self.t2i.denoiser)
         model = model.to(self.device).requires_grad_(True).train()
+        if distil and not options.dry_run and not (options.out / CHECKPOINT_NAME).is_file():
+            self._distil(model, distil)
         self.attach(model, build_optimizer(model, config))
 
-    def batch_loss(self, batch: Batch, global_step: int, generator: torch.Generator) -> Tensor:
+    def _distil(self, model: ViLex, config: DistilConfig) -> None:
+        teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
+        hidden = not self.accelerator.is_main_process
+        with tqdm(total=config.steps, desc="teacher", disable=hidden, mininterval=5) as bar, self.accelerator.autocast():
+
+            def show(step: int, steps: int, loss: Tensor) -> None:
+                if step % 20 == 0 or step + 1 == steps:
+                    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+                bar.update()
+
+            distil_encoder(model.encoder, teacher.patch_features, self.pictures, config, show)
+
+    def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss under the pictures' own tokens, with or without words, after TailDrop."""
         seed = self.config.seed
         num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), self._max_tokens)
@@ -79,7 +99,7 @@ class VilexRun(TrainingRun):
         vilex_tokens = self.model(batch.pixels, num_tokens)  # (B,N,D)
         condition = self.t2i.encode_prompt(self.prompt(batch, vilex_tokens, bool(joint)))
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
-        return diffusion_loss(self.t2i, self.t2i.denoiser, latents, condition, generator, self.config.snr_gamma)
+        return diffusion_loss(self.t2i, self.denoiser, latents, condition, noise, self.config.snr_gamma)
 
     @property
     def _max_tokens(self) -> int:
@@ -88,68 +108,105 @@ class VilexRun(TrainingRun):
 
     def prompt(self, batch: Batch, vilex_tokens: Tensor, joint: bool) -> ComposedPrompt:
         """[v] or [v, c] of a batch."""
-        ids, mask = self.captions.rows(batch.indices, batch.variant, trim=True)
+        ids, mask = self.captions.rows(batch.indices, batch.variant, self.trim)
         first, last = len(self.special.prefix), len(self.special.suffix)
-        words = ids[:, first:], mask[:, first + last :]  # the mask loses its last True, the special suffix
-        words = (words[0][:, : words[1].shape[1]], words[1])
+        word_mask = mask[:, first + last :]  # as many True as there are words
+        word_ids = ids[:, first : first + word_mask.shape[1]]
         if not joint:
-            words = (words[0][:, :0], words[1][:, :0])
+            word_ids, word_mask = word_ids[:, :0], word_mask[:, :0]
         length = self.t2i.config.context_length
         if self.trim:
-            length = min(length, first + last + vilex_tokens.shape[1] + words[0].shape[1])
-        return compose_leading(*words, vilex_tokens, self.special, length)
+            length = min(length, first + last + vilex_tokens.shape[1] + word_ids.shape[1])
+        return compose_leading(word_ids, word_mask, vilex_tokens, self.special, length)
+
+    @property
+    def _budgets(self) -> list[int]:
+        return [n for n in DEFAULT_BUDGETS if n <= self._max_tokens]
+
+    def condition(self, vilex_tokens: Tensor) -> Conditioning:
+        """What the denoiser reads of pictures alone, each as its vilex_tokens (B,N,D)."""
+        no_words = torch.zeros(len(vilex_tokens), 0, dtype=torch.long, device=self.device)
+        length = self.t2i.config.context_length
+        return self.t2i.encode_prompt(compose_leading(no_words, no_words.bool(), vilex_tokens, self.special, length))
 
     def sample(self) -> dict[str, float]:
         """Ladders of fixed pictures at fixed seeds; on held-out pictures the loss per token budget."""
-        pipeline = VilexPipeline(self.t2i, self.module)
-        write_ladders(pipeline, self.ladder, self.options.out / f"ladder-{self.state.global_step:06d}.png")
+        self.write_ladders(self.options.out / f"ladder-{self.state.global_step:06d}.png")
         if self.held_out is None:
             return {}
-        return {f"validation_loss_{n}": self.validation_loss(n) for n in DEFAULT_BUDGETS if n <= self._max_tokens}
+        return {f"validation_loss_{n}": self.validation_loss(n) for n in self._budgets}
+
+    def write_ladders(self, path: Path) -> None:
+        """A PNG: a row per picture, the input and its reconstruction from each budget, seeds fixed."""
+        pictures = self.held_out or self.pictures
+        rows = torch.linspace(0, len(pictures) - 1, min(LADDER_PICTURES, len(pictures))).long()  # of all sources
+        pixels = pictures.batch(rows)
+        columns = [pixels, *(self.reconstruct(pixels, n) for n in self._budgets)]
+        images = [to_images(column.float().cpu()) for column in columns]
+        contact_sheet(list(zip(*images, strict=True)), column_labels=["input", *map(str, self._budgets)]).save(path)
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor, num_tokens: int) -> Tensor:
+        """Pictures (B,3,H,W) in [-1,1] drawn from the first tokens of pixels (B,3,H,W), picture i from seed i."""
+        nothing = compose("", [], self.t2i.tokenizer, self.t2i.config.context_length)
+        conditions = Conditions(self.t2i.encode_prompt(nothing), self.condition(self.module(pixels, num_tokens)))
+        config = GenerationConfig(num_images=len(pixels), guidance_scale=2.0)
+        return self.t2i.decode(sample(self.t2i, conditions, config))
 
     @torch.no_grad()
     def validation_loss(self, num_tokens: int, batch_size: int = 64) -> float:
         """Loss on held-out pictures from their first tokens alone, the same noise each time."""
         total = 0.0
-        for start_index in range(0, len(self.held_out), batch_size):
-            indices = torch.arange(start_index, min(start_index + batch_size, len(self.held_out)))
-            pixels = self.held_out.batch(indices)
-            tokens = self.module(pixels, num_tokens)
-            empty = torch.zeros(len(indices), 0, dtype=torch.long, device=self.device)
-            length = num_tokens + len(self.special.prefix) + len(self.special.suffix)
-            condition = self.t2i.encode_prompt(compose_leading(empty, empty.bool(), tokens, self.special, length))
-            generator = step_generator(self.config.seed, start_index, device=self.device)
-            loss = diffusion_loss(self.t2i, self.t2i.denoiser, self.t2i.encode(pixels), condition, generator)
-            total += loss.item() * len(indices)
+        for first in range(0, len(self.held_out), batch_size):
+            pixels = self.held_out.batch(torch.arange(first, min(first + batch_size, len(self.held_out))))
+            condition = self.condition(self.module(pixels, num_tokens))
+            noise = draw_noise(self.t2i, len(pixels), step_generator(self.config.seed, first, device=self.device))
+            loss = diffusion_loss(self.t2i, self.t2i.denoiser, self.t2i.encode(pixels), condition, noise)
+            total += loss.item() * len(pixels)
         return total / len(self.held_out)
 
     def save_weights(self) -> None:
         """Writes a folder that VilexPipeline.from_pretrained reads."""
         VilexPipeline(self.t2i, self.module).save_pretrained(self.options.out / "weights")
-        self.module.requires_grad_(True).train()
 
 
-@torch.no_grad()
-def write_ladders(pipeline: VilexPipeline, pictures: Pictures, path: Path) -> None:
-    """A PNG: a row per picture, the input and its reconstructions from each budget, seed fixed."""
-    count = min(LADDER_PICTURES, len(pictures))
-    inputs = to_images(pictures.batch(torch.arange(count)).cpu())
-    room = pipeline.t2i.config.context_length - 2
-    budgets = [n for n in DEFAULT_BUDGETS if n <= room]
-    config = GenerationConfig(guidance_scale=2.0)
-    rows = [[image, *(g.images[0] for _, g in pipeline.reconstruct(image, budgets, config))] for image in inputs]
-    contact_sheet(rows, column_labels=["input", *map(str, budgets)]).save(path)
+def build_model(
+    preset: Preset, t2i: TextToImage, init_from: Path | None = None, seed: int = 0, pretrained: str | None = None
+) -> ViLex:
+    """Encoder and pooler of a preset for a text-to-image model, or the ones saved in `init_from`.
 
-
-def build_model(preset: Preset, t2i: TextToImage, init_from: Path | None, seed: int) -> ViLex:
-    """Encoder and pooler of a preset, random or from saved weights; tokens start where words are."""
+    Random but for the tower, with weights of open_clip's tag `pretrained` if given; tokens start where words are.
+    Raises ValueError when the saved ones do not fit the model.
+    """
     if init_from is not None:
-        return load_vilex(init_from)
+        model = load_vilex(init_from)
+        VilexPipeline(t2i, model)  # refuses another width
+        return model
     torch.manual_seed(seed)
-    model = ViLex(preset.encoder, preset.pooler)
+    model = ViLex(preset.encoder, replace(preset.pooler, text_width=t2i.text_width))
+    if pretrained:
+        model.encoder = build_encoder(preset.encoder, pretrained)
     table = embedding_module(t2i.text_encoder).weight
     model.pooler.init_output(table.mean(0), table.std(0))
     return model
+
+
+def read_encoder_init(
+    encoder_init: str, distil_steps: int | None, init_from: Path | None, seed: int
+) -> tuple[DistilConfig | None, str | None]:
+    """The distillation to do first and the tag of open_clip's weights, each None if not asked for.
+
+    Raises ValueError on another word and on flags that clash.
+    """
+    if encoder_init not in ("random", "teacher") and not re.fullmatch("open_clip:.+", encoder_init):
+        raise ValueError(f"--encoder-init must be random, teacher or open_clip:TAG, got {encoder_init!r}")
+    if encoder_init != "random" and init_from is not None:
+        raise ValueError(f"--encoder-init {encoder_init} starts the encoder anew, --init-from brings one: give either")
+    if distil_steps is not None and encoder_init != "teacher":
+        raise ValueError("--distil-steps needs --encoder-init teacher")
+    if encoder_init == "teacher":
+        return DistilConfig(seed=seed, **({} if distil_steps is None else {"steps": distil_steps})), None
+    return None, encoder_init.removeprefix("open_clip:") if encoder_init != "random" else None
 
 
 @click.command()
@@ -157,24 +214,28 @@ def build_model(preset: Preset, t2i: TextToImage, init_from: Path | None, seed: 
 @click.option("--t2i", "t2i_folder", required=True, type=click.Path(file_okay=False, path_type=Path),
               help="Folder of the frozen text-to-image model.")
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
+@click.option("--encoder-init", default="random", show_default=True, metavar="random|teacher|open_clip:TAG",
+              help="Start of the vision tower; teacher: distilled from EfficientNet-lite2.")
+@click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
 @click.option("--encoder-learning-rate", type=float, help="Of the vision tower.")
 def main(
     preset: str, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None, out: Path,
-    text_encoder: str | None, t2i_folder: Path, init_from: Path | None, workers: int, threads: int | None,
-    accumulate: int, compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
+    text_encoder: str | None, t2i_folder: Path, init_from: Path | None, encoder_init: str, distil_steps: int | None,
+    threads: int | None, accumulate: int, compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
     start(threads)
     recipe = PRESETS[preset]
-    try:
-        config = override(recipe.vilex, accumulate, overrides)
+    with usage_errors():
+        config = override(recipe.vilex, overrides)
+        distil, pretrained = read_encoder_init(encoder_init, distil_steps, init_from, config.seed)
         t2i = load_t2i(t2i_folder, text_encoder)
-        pictures, held_out = load_data(recipe, data, validation, limit)
-        model = build_model(recipe, t2i, init_from, config.seed)
-        options = RunOptions(out, workers, accumulate, compiled, fp32, dry_run)
-        VilexRun(t2i, model, pictures, held_out, recipe, config, options).run()
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        pictures, held_out = load_data(t2i.image_size, data, validation, limit)
+        model = build_model(recipe, t2i, init_from, config.seed, pretrained)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil)
+        run.resume()
+    run.run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Starts a vision tower from a teacher: its patch tokens learn to tell the patch features of a trained network.
+
+A small ViT learns slowly through a frozen text-to-image model; here it first gets dense, cheap targets.
+What was the teacher must not judge the result afterwards.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.data import Pictures, background_colours, batch_indices
+from train.state import step_generator
+from vilex.config import Config, setting
+from vilex.encoder import PatchEncoder
+
+Teacher = Callable[[Tensor], Tensor]  # pixels (B,3,H,W) in [-1,1] -> feature map (B,F,h,w)
+_STATISTICS_PICTURES = 256  # enough for a channel's mean and deviation: each gives hundreds of positions
+_STATISTICS_EPOCH = 2**32 - 1  # of backgrounds, apart from those of any step
+
+
+@dataclass(frozen=True)
+class DistilConfig(Config):
+    """Settings of one distillation."""
+
+    steps: int = setting(1000, 1, 1_000_000)
+    batch_size: int = setting(64, 1, 65536, "pictures per step")
+    learning_rate: float = setting(1e-3, 0, 1, "largest, after warm-up and before the cosine")
+    weight_decay: float = setting(0.05, 0, 1)
+    warmup_fraction: float = setting(0.05, 0, 1, "of the steps")
+    seed: int = setting(0, 0, 2**32 - 1)
+
+
+class TeacherFeatures:
+    """A teacher's map, averaged to a grid of patches, each channel with mean 0 and deviation 1 over pictures."""
+
+    def __init__(self, teacher: Teacher, side: int, pixels: Tensor) -> None:
+        self.teacher, self.side = teacher, side
+        self.mean, self.std = torch.zeros(()), torch.ones(())
+        features = torch.cat([self(batch) for batch in pixels.split(64)])  # (S,P,F)
+        self.mean, self.std = features.mean((0, 1)), features.std((0, 1)).clamp(min=1e-4)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Targets (B,P,F), row by row from the top left, of pixels (B,3,H,W) in [-1,1]."""
+        grid = F.adaptive_avg_pool2d(self.teacher(pixels).float(), self.side)  # (B,F,side,side)
+        features = grid.flatten(2).mT  # (B,P,F)
+        return (features - self.mean.to(features)) / self.std.to(features)
+
+
+def distil_encoder(
+    encoder: PatchEncoder, teacher: Teacher, pictures: Pictures, config: DistilConfig,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> None:
+    """Trains the encoder in place, deterministically; the linear head on top of it is thrown away.
+
+    on_step(step, steps, loss) sees the loss, 0-d, after each step.
+    Raises ValueError when the encoder's patches are not a square grid.
+    """
+    sample = _draw(pictures, _statistics_rows(pictures), config.seed, _STATISTICS_EPOCH)
+    features = TeacherFeatures(teacher, grid_side(encoder), sample)
+    head = _build_head(encoder, len(features.mean), config.seed).to(pictures.pixels.device)
+    parameters = [*encoder.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))
+    for step in range(config.steps):
+        indices = batch_indices(config.seed, step, config.batch_size, len(pictures))
+        pixels = _draw(pictures, indices, config.seed, step)
+        loss = distillation_loss(head(encoder(pixels)).float(), features(pixels))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if on_step is not None:
+            on_step(step, config.steps, loss.detach())
+    encoder.zero_grad()
+
+
+def distillation_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error plus cosine distance per patch, both (B,P,F); 0-d, 0 when they are equal."""
+    return F.mse_loss(predictions, targets) + (1 - F.cosine_similarity(predictions, targets, dim=-1)).mean()
+
+
+def grid_side(encoder: PatchEncoder) -> int:
+    """Patches per side. Raises ValueError when they are not a square grid."""
+    side = math.isqrt(encoder.num_patches)
+    if side**2 != encoder.num_patches:
+        raise ValueError(f"distillation needs a square grid of patches, the encoder gives {encoder.num_patches}")
+    return side
+
+
+def _statistics_rows(pictures: Pictures) -> Tensor:
+    return torch.linspace(0, len(pictures) - 1, min(_STATISTICS_PICTURES, len(pictures))).long()
+
+
+def _draw(pictures: Pictures, indices: Tensor, seed: int, epoch: int) -> Tensor:
+    return pictures.batch(indices, background_colours(seed, epoch, indices))
+
+
+def _build_head(encoder: PatchEncoder, width: int, seed: int) -> nn.Linear:
+    head = nn.Linear(encoder.patch_width, width)
+    nn.init.normal_(head.weight, std=encoder.patch_width**-0.5, generator=step_generator(seed, 0))
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _rate(config: DistilConfig, step: int) -> float:
+    """Linear warm-up, then cosine to 0."""
+    warmup = round(config.warmup_fraction * config.steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))

@@ -1,0 +1,56 @@
+"""The diffusion loss of both trainers, and the noise it is measured with."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vilex.diffusion import Conditioning, TextToImage
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What is added to the latents of a batch: values (B,C,h,w), at timesteps int64 (B,)."""
+
+    values: Tensor
+    timesteps: Tensor
+
+    def rows(self, share: slice) -> "Noise":
+        """The noise of some of the batch's pictures."""
+        return Noise(self.values[share], self.timesteps[share])
+
+
+def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator) -> Noise:
+    """Standard normal noise at uniform timesteps, on the generator's device."""
+    device, num_timesteps = generator.device, t2i.scheduler.config.num_train_timesteps
+    values = torch.randn(batch_size, *t2i.latent_shape, generator=generator, device=device)
+    return Noise(values, torch.randint(num_timesteps, (batch_size,), generator=generator, device=device))
+
+
+def diffusion_loss(
+    t2i: TextToImage, denoiser: nn.Module, latents: Tensor, condition: Conditioning, noise: Noise, snr_gamma: float = 0.0
+) -> Tensor:
+    """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped."""
+    noisy_latents = t2i.scheduler.add_noise(latents, noise.values, noise.timesteps)
+    prediction = denoiser(
+        noisy_latents,
+        noise.timesteps,
+        encoder_hidden_states=condition.prompt_embeds,
+        class_labels=condition.pooled,
+        encoder_attention_mask=condition.mask,
+        return_dict=False,
+    )[0]
+    target = t2i.target(latents, noise.values, noise.timesteps)
+    errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
+    return (errors * snr_weights(t2i, noise.timesteps, snr_gamma)).mean() if snr_gamma else errors.mean()
+
+
+def snr_weights(t2i: TextToImage, timesteps: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weights (B,), in [0,1] for v-prediction: min(snr, gamma) / (snr + 1). Source: Hang et al. 2023.
+
+    Where the noise is predicted the divisor is snr.
+    """
+    alpha_bar = t2i.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / (snr + (t2i.scheduler.config.prediction_type == "v_prediction"))
