@@ -128,13 +128,13 @@ def test_latent_space_is_the_vaes(stable_diffusion):
     assert stable_diffusion.image_size == 16
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_target_is_the_noise_or_the_velocity(t2i, prediction_type):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_target_is_the_noise_the_velocity_or_the_picture(t2i, prediction_type):
     t2i.scheduler = build_noise_scheduler(prediction_type=prediction_type)
     latents, noise, timesteps = torch.rand(2, 3, 4, 5), torch.randn(2, 3, 4, 5), torch.tensor([10, 900])
     alpha_bar = t2i.scheduler.alphas_cumprod[timesteps][:, None, None, None]
     velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
-    expected = noise if prediction_type == "epsilon" else velocity
+    expected = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
     torch.testing.assert_close(t2i.target(latents, noise, timesteps), expected)
 
 

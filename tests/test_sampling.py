@@ -64,7 +64,7 @@ any_steps = given(steps=st.integers(1, 200))
 few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("name", ["dpm++", "ddim"])
 @few
 @any_steps

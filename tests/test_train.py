@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from train import train_t2i, train_vilex
 from train.batches import Batch, tabulate
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
-from train.loss import diffusion_loss, draw_noise, snr_weights
+from train.loss import diffusion_loss, draw_noise, loss_weights
 from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
@@ -344,7 +344,7 @@ def test_snr_weights_of_a_v_prediction(files):
     t2i = load_t2i(files.t2i, str(files.text))
     timesteps = torch.tensor([0, 300, 500, 999])
     alpha_bar = t2i.scheduler.alphas_cumprod[timesteps]
-    weights = snr_weights(t2i, timesteps, gamma=5.0)
+    weights = loss_weights(t2i, timesteps, snr_gamma=5.0)
     low = alpha_bar / (1 - alpha_bar) < 5
     assert low.tolist() == [False, True, True, True]
     assert torch.allclose(weights[low], alpha_bar[low])  # snr / (snr + 1)
@@ -356,7 +356,7 @@ def test_snr_weights_of_a_v_prediction(files):
         diffusion_loss(t2i, t2i.denoiser, latents[i : i + 1], condition_row(condition, i), noise.rows(slice(i, i + 1)))
         for i in range(3)
     ]
-    expected = (torch.stack(one_by_one) * snr_weights(t2i, noise.timesteps, 5.0)).mean()
+    expected = (torch.stack(one_by_one) * loss_weights(t2i, noise.timesteps, 5.0)).mean()
     assert torch.allclose(diffusion_loss(t2i, t2i.denoiser, latents, condition, noise, 5.0), expected, rtol=1e-4)
 
 

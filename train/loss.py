@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from vilex.diffusion import Conditioning, TextToImage
 
+MAX_X0_WEIGHT = 10.0  # reached where the noise's standard deviation is 0.32
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -43,14 +45,20 @@ def diffusion_loss(
     )[0]
     target = t2i.target(latents, noise.values, noise.timesteps)
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
-    return (errors * snr_weights(t2i, noise.timesteps, snr_gamma)).mean() if snr_gamma else errors.mean()
+    return (errors * loss_weights(t2i, noise.timesteps, snr_gamma)).mean()
 
 
-def snr_weights(t2i: TextToImage, timesteps: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weights (B,), in [0,1] for v-prediction: min(snr, gamma) / (snr + 1). Source: Hang et al. 2023.
+def loss_weights(t2i: TextToImage, timesteps: Tensor, snr_gamma: float = 0.0) -> Tensor:
+    """Weights (B,) of squared errors at these timesteps.
 
-    Where the noise is predicted the divisor is snr.
+    Without snr_gamma they are 1, except where x0 is predicted: snr + 1 makes its error that of v, up to a bound,
+    since the last traces of noise would drown the rest. With it, min(snr, gamma) in units of x0's error.
+    Source: Hang et al. 2023 (min-SNR).
     """
     alpha_bar = t2i.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / (snr + (t2i.scheduler.config.prediction_type == "v_prediction"))
+    per_x0 = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}
+    prediction_type = t2i.scheduler.config.prediction_type
+    if snr_gamma:
+        return snr.clamp(max=snr_gamma) / per_x0[prediction_type]
+    return (snr + 1).clamp(max=MAX_X0_WEIGHT) if prediction_type == "sample" else torch.ones_like(snr)

@@ -60,7 +60,8 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
     tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
     torch.manual_seed(seed)
     denoiser = build_unet(preset.unet, encoder.config.hidden_size)
-    return TextToImage(config, tokenizer, encoder, denoiser, build_noise_scheduler())
+    scheduler = build_noise_scheduler(prediction_type=preset.unet.prediction_type)
+    return TextToImage(config, tokenizer, encoder, denoiser, scheduler)
 
 
 def _load_model(preset: Preset, text_encoder: str | None, folder: Path) -> TextToImage:

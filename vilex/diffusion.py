@@ -132,10 +132,11 @@ class TextToImage(nn.Module):
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should predict: the noise, or v = sqrt(a) noise - sqrt(1 - a) x0."""
-        if self.scheduler.config.prediction_type == "epsilon":
-            return noise
-        return self.scheduler.get_velocity(latents, noise, timesteps)
+        """What the denoiser should predict: the noise, x0, or v = sqrt(a) noise - sqrt(1 - a) x0."""
+        prediction_type = self.scheduler.config.prediction_type
+        if prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return noise if prediction_type == "epsilon" else latents
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""

@@ -121,9 +121,12 @@ def sample(
 
 def estimate_clean(t2i: TextToImage, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
     """The x0 that a prediction at `timestep` (0-d) implies: the cheap preview."""
+    prediction_type = t2i.scheduler.config.prediction_type
+    if prediction_type == "sample":
+        return prediction
     alpha_bar = t2i.scheduler.alphas_cumprod[timestep.long()].to(noisy_latents)
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if t2i.scheduler.config.prediction_type == "epsilon":
+    if prediction_type == "epsilon":
         return (noisy_latents - noise * prediction) / signal
     return signal * noisy_latents - noise * prediction
 
