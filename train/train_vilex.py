@@ -27,6 +27,7 @@ from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import CHECKPOINT_NAME, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
+from train.words import spell_captions
 from vilex.config import DEFAULT_BUDGETS, GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.encoder import build_encoder
@@ -68,15 +69,18 @@ class VilexRun(TrainingRun):
 
     def __init__(
         self, t2i: TextToImage, model: ViLex, pictures: Pictures, held_out: Pictures | None, preset: Preset,
-        config: TrainConfig, options: RunOptions, distil: DistilConfig | None = None,
+        config: TrainConfig, options: RunOptions, distil: DistilConfig | None = None, spell_steps: int = 0,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         self.captions = tabulate_words(pictures, t2i).to(self.device)
         self.special = special_tokens(t2i.tokenizer)
         self.denoiser = self.compiled(self.t2i.denoiser)
         model = model.to(self.device).requires_grad_(True).train()
-        if distil and not options.dry_run and not (options.out / CHECKPOINT_NAME).is_file():
-            self._distil(model, distil)
+        if not options.dry_run and not (options.out / CHECKPOINT_NAME).is_file():
+            if distil:
+                self._distil(model, distil)
+            if spell_steps:
+                spell_captions(model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights)
         self.attach(model, build_optimizer(model, config))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
@@ -217,11 +221,13 @@ def read_encoder_init(
 @click.option("--encoder-init", default="random", show_default=True, metavar="random|teacher|open_clip:TAG",
               help="Start of the vision tower; teacher: distilled from EfficientNet-lite2.")
 @click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
+@click.option("--spell-steps", type=click.IntRange(min=0), default=0, show_default=True,
+              help="First let the tokens spell the model's own layout captions, for this many steps.")
 @click.option("--encoder-learning-rate", type=float, help="Of the vision tower.")
 def main(
     preset: str, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None, out: Path,
     text_encoder: str | None, t2i_folder: Path, init_from: Path | None, encoder_init: str, distil_steps: int | None,
-    threads: int | None, accumulate: int, compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
+    spell_steps: int, threads: int | None, accumulate: int, compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
     start(threads)
@@ -233,7 +239,7 @@ def main(
         pictures, held_out = load_data(t2i.image_size, data, validation, limit)
         model = build_model(recipe, t2i, init_from, config.seed, pretrained)
         options = RunOptions(out, accumulate, compiled, fp32, dry_run)
-        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil)
+        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil, spell_steps)
         run.resume()
     run.run()
 

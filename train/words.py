@@ -25,7 +25,12 @@ _LEARNING_RATE = 1e-3
 
 
 def spell_captions(
-    model: ViLex, t2i: TextToImage, pictures: Pictures, steps: int, batch_size: int, seed: int,
+    model: ViLex,
+    t2i: TextToImage,
+    pictures: Pictures,
+    steps: int,
+    batch_size: int,
+    seed: int,
     weights: Tensor | None = None,
 ) -> list[float]:
     """Trains `model` in place; returns the loss of each step, relative to the variance of word embeddings."""
@@ -51,7 +56,7 @@ def _batches(
     """pixels (B,3,H,W) and the word pieces int64 (B,N) of their layout captions, a function of (seed, step)."""
     for step in range(steps):
         indices = batch_indices(seed, step, batch_size, len(pictures), weights)
-        pixels = pictures.batch(indices, background_colours(seed, step, indices))
+        pixels = pictures.batch(indices, background_colours(seed, step, indices))  # (B,3,H,W)
         texts = layout_caption(to_uint8(pixels).cpu().numpy(), CELLS)
         tokens = t2i.tokenizer(texts, add_special_tokens=False, return_tensors="pt")
         yield pixels, tokens.input_ids.to(pixels.device)
