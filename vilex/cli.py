@@ -15,14 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from PIL import Image
 from torch import Tensor
 
 from vilex import __version__
 from vilex.codes import load_code, save_code
-from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, range_of
+from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig
 from vilex.images import find_images, load_image
+from vilex.options import (
+    Engine,
+    TokenBudgets,
+    drawing_options,
+    photo_options,
+    prompt_option,
+    sentence,
+    setting_option,
+    shared,
+)
 from vilex.recipe import build_recipe, save_png
 from vilex.upsampler import Upsampler, build_upsampler
 
@@ -34,21 +43,6 @@ _MAX_STEM = 60  # characters of an output's name, so that it fits any file syste
 _SMALL_SIDE = 256  # pixels; models that draw at this size or above need no upsampler
 _IMAGE_SLOT = re.compile(r"<image(:\d+)?>")
 _log = logging.getLogger(__name__)
-
-
-class Refusal(click.ClickException):
-    """Wrong input: one sentence without the usage text, exit code 2."""
-
-    exit_code = 2
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Which model runs where; None leaves the choice to the environment and the machine."""
-
-    model: str | None
-    device: str | None
-    dtype: str | None
 
 
 def load_pipeline(engine: Engine) -> "VilexPipeline":
@@ -160,7 +154,7 @@ def _read_words(
         try:
             word = read(path)
         except (ValueError, OSError) as error:
-            _echo_error(f"skipped: {_sentence(error)}")
+            _echo_error(f"skipped: {sentence(error)}")
             skipped += 1
             on_skip()
             continue
@@ -196,109 +190,6 @@ def _note(name: str, text: str) -> None:
         _echo_error(f"{name}: {text}")
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Turns what a user can mend into one sentence; --verbose logs where it came from."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise  # click ends quietly when the reader of stdout is gone
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        advice = "; try a smaller --count" if isinstance(error, torch.OutOfMemoryError) else ""
-        raise click.ClickException(f"{str(error).splitlines()[0]}{advice}") from error
-    except (ValueError, OSError) as error:
-        _log.info("refused", exc_info=True)
-        raise Refusal(_sentence(error)) from error
-
-
-def _setting(flag: str, name: str, default: float | None = None) -> Callable:
-    """A click option with the range, help and default of a field of GenerationConfig."""
-    bounds, usual = range_of(GenerationConfig, name), GenerationConfig.__dataclass_fields__[name].default
-    whole = isinstance(usual, int)
-    ends = (bounds.minimum, bounds.maximum)
-    kind = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
-    return click.option(flag, name, type=kind, default=usual if default is None else default, help=bounds.help)
-
-
-def _stack(*decorators: Callable) -> Callable:
-    return lambda command: functools.reduce(lambda wrapped, add: add(wrapped), reversed(decorators), command)
-
-
-_model_options = _stack(
-    click.option("--model", help="Folder, name in assets/weights or hub id; else VILEX_WEIGHTS, else the default."),
-    click.option("--device", help="cpu, cuda, cuda:1, mps; else VILEX_DEVICE, else the fastest there is."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        help="Of the denoiser; else VILEX_DTYPE, else the fastest that is exact enough.",
-    ),
-    click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr."),
-)
-_photo_options = _stack(
-    click.argument("photos", nargs=-1, required=True, metavar="PHOTO...", type=click.Path(exists=True, path_type=Path)),
-    click.option(
-        "--fit",
-        type=click.Choice(["crop", "pad"]),
-        default="crop",
-        help="How a picture becomes square: its edges cut off, or white added.",
-    ),
-)
-_out_option = click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default="outputs",
-    envvar="VILEX_OUTPUTS",
-    show_envvar=True,
-    help="Folder for the pictures; made if needed, files of the same name are replaced.",
-)
-_drawing_options = _stack(
-    _setting("--seed", "seed"),
-    _setting("--steps", "num_inference_steps"),
-    _setting("--guidance", "guidance_scale"),
-    click.option("--raw", is_flag=True, help="Save the model's own pixels, without the upsampler."),
-    _out_option,
-)
-_prompt_option = click.option("--prompt", required=True, help="What the picture shows, in words.")
-
-
-def _shared(command: Callable) -> Callable:
-    """Adds the options of every command, hands over `engine` and `config`, and makes errors one sentence."""
-
-    @_model_options
-    @functools.wraps(command)
-    def wrapped(model: str | None, device: str | None, dtype: str | None, verbose: bool, **values: Any) -> None:
-        if verbose:
-            logging.basicConfig(format="%(name)s: %(message)s")
-            logging.getLogger("vilex").setLevel(logging.INFO)
-        with _one_sentence():
-            settings = {name: values.pop(name) for name in GenerationConfig.__dataclass_fields__ if name in values}
-            command(engine=Engine(model, device, dtype), config=GenerationConfig(**settings), **values)
-
-    return wrapped
-
-
-class TokenBudgets(click.ParamType):
-    """Numbers of tokens with commas between them, as a sorted tuple without repeats."""
-
-    name = "n,n,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """The numbers of a text such as `1,4,16,75`."""
-        try:
-            budgets = sorted({int(part) for part in value.split(",")})
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,4,16.", param, ctx)
-        if budgets[0] < 1 or budgets[-1] > MAX_TOKENS:
-            self.fail(f"{value!r}: every number must be between 1 and {MAX_TOKENS}.", param, ctx)
-        return tuple(budgets)
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__)
 def main() -> None:
@@ -311,7 +202,7 @@ def main() -> None:
 
 
 @main.command()
-@_photo_options
+@photo_options
 @click.option(
     "--tokens",
     "budgets",
@@ -319,8 +210,8 @@ def main() -> None:
     default=",".join(map(str, DEFAULT_BUDGETS)),
     help=f"How many tokens to draw from, each 1 to {MAX_TOKENS}.",
 )
-@_drawing_options
-@_shared
+@drawing_options
+@shared
 def reconstruct(
     engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path, raw: bool,
     budgets: Sequence[int],
@@ -341,11 +232,11 @@ def reconstruct(
 
 
 @main.command()
-@_photo_options
-@_setting("--count", "num_images", 4)
-@_setting("--tokens", "num_tokens")
-@_drawing_options
-@_shared
+@photo_options
+@setting_option("--count", "num_images", 4)
+@setting_option("--tokens", "num_tokens")
+@drawing_options
+@shared
 def vary(
     engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path, raw: bool
 ) -> None:
@@ -359,13 +250,13 @@ def vary(
 
 
 @main.command()
-@_photo_options
-@_prompt_option
-@_setting("--tfg", "tfg_scale", 3)
-@_setting("--count", "num_images")
-@_setting("--tokens", "num_tokens", 16)
-@_drawing_options
-@_shared
+@photo_options
+@prompt_option
+@setting_option("--tfg", "tfg_scale", 3)
+@setting_option("--count", "num_images")
+@setting_option("--tokens", "num_tokens", 16)
+@drawing_options
+@shared
 def mix(
     engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path, raw: bool, prompt: str
 ) -> None:
@@ -388,10 +279,10 @@ def mix(
 
 
 @main.command()
-@_prompt_option
-@_setting("--count", "num_images", 4)
-@_drawing_options
-@_shared
+@prompt_option
+@setting_option("--count", "num_images", 4)
+@drawing_options
+@shared
 def generate(engine: Engine, config: GenerationConfig, out: Path, raw: bool, prompt: str) -> None:
     """Draw pictures from words alone.
 
@@ -421,8 +312,8 @@ def _draw(
 
 
 @main.command()
-@_photo_options
-@_setting("--tokens", "num_tokens")
+@photo_options
+@setting_option("--tokens", "num_tokens")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -431,7 +322,7 @@ def _draw(
     show_envvar=True,
     help="File that ends in .vilex, for one PHOTO, or a folder.",
 )
-@_shared
+@shared
 def encode(engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path) -> None:
     """Keep each PHOTO as a word in a .vilex file.
 

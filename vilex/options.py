@@ -1,0 +1,135 @@
+"""What the commands of `vilex` share: their options, and errors as one sentence with an exit code."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from vilex.config import MAX_TOKENS, GenerationConfig, range_of
+
+_log = logging.getLogger(__name__)
+
+
+class Refusal(click.ClickException):
+    """Wrong input: one sentence without the usage text, exit code 2."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Which model runs where; None leaves the choice to the environment and the machine."""
+
+    model: str | None
+    device: str | None
+    dtype: str | None
+
+
+def sentence(error: Exception) -> str:
+    """What an error says, with the file's name if it is about one."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turns what a user can mend into one sentence; --verbose logs where it came from."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # click ends quietly when the reader of stdout is gone
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        advice = "; try a smaller --count" if isinstance(error, torch.OutOfMemoryError) else ""
+        raise click.ClickException(f"{str(error).splitlines()[0]}{advice}") from error
+    except (ValueError, OSError) as error:
+        _log.info("refused", exc_info=True)
+        raise Refusal(sentence(error)) from error
+
+
+def setting_option(flag: str, name: str, default: float | None = None) -> Callable:
+    """A click option with the range, help and default of a field of GenerationConfig."""
+    bounds, usual = range_of(GenerationConfig, name), GenerationConfig.__dataclass_fields__[name].default
+    whole = isinstance(usual, int)
+    ends = (bounds.minimum, bounds.maximum)
+    kind = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
+    return click.option(flag, name, type=kind, default=usual if default is None else default, help=bounds.help)
+
+
+def _stack(*decorators: Callable) -> Callable:
+    return lambda command: functools.reduce(lambda wrapped, add: add(wrapped), reversed(decorators), command)
+
+
+model_options = _stack(
+    click.option("--model", help="Folder, name in assets/weights or hub id; else VILEX_WEIGHTS, else the default."),
+    click.option("--device", help="cpu, cuda, cuda:1, mps; else VILEX_DEVICE, else the fastest there is."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Of the denoiser; else VILEX_DTYPE, else the fastest that is exact enough.",
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr."),
+)
+photo_options = _stack(
+    click.argument("photos", nargs=-1, required=True, metavar="PHOTO...", type=click.Path(exists=True, path_type=Path)),
+    click.option(
+        "--fit",
+        type=click.Choice(["crop", "pad"]),
+        default="crop",
+        help="How a picture becomes square: its edges cut off, or white added.",
+    ),
+)
+out_option = click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default="outputs",
+    envvar="VILEX_OUTPUTS",
+    show_envvar=True,
+    help="Folder for the pictures; made if needed, files of the same name are replaced.",
+)
+drawing_options = _stack(
+    setting_option("--seed", "seed"),
+    setting_option("--steps", "num_inference_steps"),
+    setting_option("--guidance", "guidance_scale"),
+    click.option("--raw", is_flag=True, help="Save the model's own pixels, without the upsampler."),
+    out_option,
+)
+prompt_option = click.option("--prompt", required=True, help="What the picture shows, in words.")
+
+
+def shared(command: Callable) -> Callable:
+    """Adds the options of every command, hands over `engine` and `config`, and makes errors one sentence."""
+
+    @model_options
+    @functools.wraps(command)
+    def wrapped(model: str | None, device: str | None, dtype: str | None, verbose: bool, **values: Any) -> None:
+        if verbose:
+            logging.basicConfig(format="%(name)s: %(message)s")
+            logging.getLogger("vilex").setLevel(logging.INFO)
+        with one_sentence():
+            settings = {name: values.pop(name) for name in GenerationConfig.__dataclass_fields__ if name in values}
+            command(engine=Engine(model, device, dtype), config=GenerationConfig(**settings), **values)
+
+    return wrapped
+
+
+class TokenBudgets(click.ParamType):
+    """Numbers of tokens with commas between them, as a sorted tuple without repeats."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers of a text such as `1,4,16,75`."""
+        try:
+            budgets = sorted({int(part) for part in value.split(",")})
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,4,16.", param, ctx)
+        if budgets[0] < 1 or budgets[-1] > MAX_TOKENS:
+            self.fail(f"{value!r}: every number must be between 1 and {MAX_TOKENS}.", param, ctx)
+        return tuple(budgets)
