@@ -142,7 +142,7 @@ def build_theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_500",
-        button_primary_background_fill_hover_dark="*primary_400",
+        button_primary_background_fill_hover_dark="*primary_600",
         button_primary_text_color="white",
         button_secondary_background_fill="*neutral_100",
         button_secondary_background_fill_hover="*neutral_200",
@@ -331,8 +331,10 @@ def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Resu
         handlers.encode, None, controls.word, inputs_kwargs=controls.inputs("picture", "fit", "num_tokens"),
         api_name="encode", **job,
     )  # fmt: skip
-    controls.stop.click(handlers.stopped, results.status, results.status, cancels=[automatic, rebuild, draw], **silent)
-    controls.picture.change(None, cancels=[automatic, rebuild, draw], api_visibility="private")
+    gr.on(
+        [controls.stop.click, controls.picture.change], None, cancels=[automatic, rebuild, draw], api_visibility="private"
+    )
+    controls.stop.click(handlers.stopped, results.status, results.status, **silent)
     gr.on(
         [controls.picture.change, controls.fit.change], handlers.look, [controls.picture, controls.fit], controls.seen,
         **silent,
