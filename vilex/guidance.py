@@ -5,7 +5,7 @@ uncond + w (image - uncond) + t (joint - image). Each is linear in the predictio
 weight is zero is never computed.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class BranchWeights:
     @property
     def needed(self) -> tuple[str, ...]:
         """Names of the branches whose weight is not zero."""
-        return tuple(name for name, weight in zip(self.__dataclass_fields__, astuple(self)) if weight)
+        return tuple(name for name in self.__dataclass_fields__ if getattr(self, name))
 
 
 def branch_weights(has_images: bool, has_words: bool, guidance_scale: float, tfg_scale: float) -> BranchWeights:

@@ -92,11 +92,11 @@ def sample_steps(
     Raises FloatingPointError when the model's output is not finite.
     """
     seeds = seeds or [config.seed + i for i in range(config.num_images)]
-    denoiser = t2i.denoiser
+    like = next(t2i.denoiser.parameters())  # the denoiser's own `dtype` and `device` search all its parameters
     scheduler = build_scheduler(config.scheduler, t2i, config.num_inference_steps)
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
-    batches = {needed: _batch(conditions, needed, len(seeds), t2i) for needed in {w.needed for w in weights}}
-    noisy_latents = draw_noise(seeds, t2i.latent_shape).to(denoiser.device) * scheduler.init_noise_sigma
+    batches = {needed: _batch(conditions, needed, len(seeds), like) for needed in {w.needed for w in weights}}
+    noisy_latents = draw_noise(seeds, t2i.latent_shape).to(like.device) * scheduler.init_noise_sigma
     for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
         model_input = scheduler.scale_model_input(noisy_latents, t)
         prediction = _predict(t2i, model_input, t, batches[weight.needed], weight)
@@ -141,17 +141,16 @@ def _weights_at(
     return branch_weights(conditions.image is not None, conditions.joint is not None, *scales)
 
 
-def _batch(conditions: Conditions, needed: tuple[str, ...], num_images: int, t2i: TextToImage) -> Conditioning:
+def _batch(conditions: Conditions, needed: tuple[str, ...], num_images: int, like: Tensor) -> Conditioning:
     branches = [getattr(conditions, name) for name in needed]
     expanded = [c.expand(num_images) if len(c.prompt_embeds) == 1 else c for c in branches]
-    return Conditioning.concatenate(expanded).to(t2i.denoiser.device, t2i.denoiser.dtype)
+    return Conditioning.concatenate(expanded).to(like.device, like.dtype)
 
 
 def _predict(
     t2i: TextToImage, model_input: Tensor, timestep: Tensor, condition: Conditioning, weights: BranchWeights
 ) -> Tensor:
     names = weights.needed
-    # dtype and device of the condition, since those of the denoiser are looked up in all its parameters
     batch = model_input.repeat(len(names), 1, 1, 1).to(condition.prompt_embeds)  # (branches*B,C,h,w)
     timesteps = torch.full((len(batch),), timestep.item(), device=batch.device)
     predictions = t2i.denoise(batch, timesteps, condition).float().chunk(len(names))
