@@ -10,6 +10,7 @@ import gradio as gr
 from app.handlers import VIEWS, Handlers, duration, rung_name, times_html
 from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, GenerationConfig, range_of
+from vilex.images import MAX_DECODES
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ("cat.jpg", "coffee.jpg", "rocket.jpg", "sailboat.png", "cactus.png")
@@ -87,9 +88,9 @@ def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
                 controls = _build_controls(handlers, notes)
             with gr.Column(scale=7, min_width=300, elem_id="right"):
                 results = _build_results(handlers)
-                _build_examples(controls.picture, controls.prompt)
+                examples = _build_examples(controls.picture, controls.prompt)
         gr.HTML(_footer(handlers, notes), elem_id="small-print")
-        _wire(demo, handlers, controls, results)
+        _wire(demo, handlers, controls, results, examples)
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -296,15 +297,18 @@ def _rung(num_tokens: int) -> gr.Image:
     )  # fmt: skip
 
 
-def _build_examples(picture: gr.Image, prompt: gr.Textbox) -> None:
+def _build_examples(picture: gr.Image, prompt: gr.Textbox) -> gr.Examples:
     folder = ROOT / "assets" / "examples"
-    pictures = [[str(folder / name)] for name in EXAMPLES if (folder / name).is_file()]
-    if pictures:
-        gr.Examples(pictures, [picture], label="Example pictures", cache_examples=False, api_visibility="private")
-    gr.Examples([[text] for text in PROMPTS], [prompt], label="Example prompts", api_visibility="private")
+    pictures = [[str(folder / name)] for name in EXAMPLES]
+    hidden = {"cache_examples": False, "api_visibility": "private"}
+    examples = gr.Examples(pictures, [picture], label="Example pictures", **hidden)
+    gr.Examples([[text] for text in PROMPTS], [prompt], label="Example prompts", **hidden)
+    return examples
 
 
-def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results) -> None:
+def _wire(
+    demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results, examples: gr.Examples
+) -> None:
     """Every event. Inputs go to handlers unprocessed: gradio would open the file itself and word its own errors."""
     silent = {"show_progress": "hidden", "queue": False, "preprocess": False, "api_visibility": "private"}
     job = {"show_progress": "minimal", "show_progress_on": results.status, "preprocess": False, **_COMPUTE}
@@ -331,14 +335,18 @@ def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Resu
         handlers.encode, None, controls.word, inputs_kwargs=controls.inputs("picture", "fit", "num_tokens"),
         api_name="encode", **job,
     )  # fmt: skip
+    # `input` comes once per picture, `change` sometimes twice
     gr.on(
-        [controls.stop.click, controls.picture.change], None, cancels=[automatic, rebuild, draw], api_visibility="private"
-    )
-    controls.stop.click(handlers.stopped, results.status, results.status, **silent)
-    gr.on(
-        [controls.picture.change, controls.fit.change], handlers.look, [controls.picture, controls.fit], controls.seen,
-        **silent,
+        [controls.stop.click, controls.picture.input, examples.dataset.click], None,
+        cancels=[automatic, rebuild, draw], api_visibility="private",
     )  # fmt: skip
+    controls.stop.click(handlers.stopped, results.status, results.status, **silent)
+    # queued, since only queued events show their errors
+    for listen in (controls.picture.input, controls.fit.change, examples.load_input_event.then):
+        listen(
+            handlers.look, [controls.picture, controls.fit], controls.seen, show_progress="hidden", preprocess=False,
+            concurrency_limit=MAX_DECODES, concurrency_id="look", api_visibility="private",
+        )  # fmt: skip
     gr.on(
         [demo.load, controls.picture.change, controls.prompt.change, controls.settings["num_tokens"].change],
         handlers.plan, [controls.picture, controls.prompt, controls.settings["num_tokens"]],
