@@ -157,8 +157,10 @@ class Handlers:
                 name = f"vilex-{rung}-tokens-seed-{config.seed}"
                 [results[i]] = self._save([results[i]], [name], "", rung_config, view)
                 times.append(duration(clock.seconds - started))
-                yield *results, times_html(self.rungs, times), working(f"{rung_name(rung)} done", clock.done, clock.total)
-            yield *results, times_html(self.rungs, times), finished(f"Rebuilt in {duration(clock.seconds)} with seed {config.seed}.")
+                status = working(f"{rung_name(rung)} done", clock.done, clock.total)
+                yield *results, times_html(self.rungs, times), status
+            status = finished(f"Rebuilt in {duration(clock.seconds)} with seed {config.seed}.")
+            yield *results, times_html(self.rungs, times), status
 
     def reconstruct_new(self, picture: Upload, fit: str, view: str, **settings: Any) -> Iterator[tuple]:
         """The same for a picture that has just come, and nothing when it was taken away."""

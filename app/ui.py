@@ -216,7 +216,9 @@ def _build_controls(handlers: Handlers, notes: Notes) -> Controls:
         more, view = _build_more_settings(handlers, notes)
         keep, word = _build_keeping()
     settings |= more
-    return Controls(picture, seen, fit, prompt, bar, settings, view, generate, reconstruct, stop, lock, dice, keep, word)
+    return Controls(
+        picture, seen, fit, prompt, bar, settings, view, generate, reconstruct, stop, lock, dice, keep, word
+    )  # fmt: skip
 
 
 def _build_settings(handlers: Handlers) -> tuple[Settings, gr.Checkbox, gr.Button]:
@@ -283,8 +285,8 @@ def _build_results(handlers: Handlers) -> Results:
         rungs = [_rung(count) for count in handlers.rungs]
     times = gr.HTML(times_html(handlers.rungs), label="Time of each reconstruction", elem_id="times")
     gallery = gr.Gallery(
-        label="Variations and mixes", format="png", columns=4, object_fit="contain", interactive=False, elem_id="gallery",
-        buttons=["download", "download_all", "fullscreen"], height="auto",
+        label="Variations and mixes", format="png", columns=4, object_fit="contain", interactive=False,
+        elem_id="gallery", buttons=["download", "download_all", "fullscreen"], height="auto",
     )  # fmt: skip
     return Results(status, rungs, times, gallery)
 
@@ -293,7 +295,8 @@ def _rung(num_tokens: int) -> gr.Image:
     name = rung_name(num_tokens)
     return gr.Image(
         label=name, format="png", type="filepath", interactive=False, min_width=90, buttons=["download", "fullscreen"],
-        elem_id=f"rung-{num_tokens}", show_label=False, alt_text=f"The picture rebuilt from {name}", elem_classes="rung",
+        elem_id=f"rung-{num_tokens}", elem_classes="rung", show_label=False,
+        alt_text=f"The picture rebuilt from {name}",
     )  # fmt: skip
 
 

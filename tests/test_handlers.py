@@ -257,9 +257,9 @@ def test_a_prompt_that_cannot_be_is_explained_under_it(handlers, upload):
 
 def test_without_weights_every_button_names_the_command():
     handlers = Handlers(None, problem="no weights; get them with: hf download a/b")
-    for call in (lambda: rebuild(handlers, None), lambda: draw(handlers, None, "a"), lambda: handlers.encode(None, "crop", 1)):
+    for call in (rebuild, draw, lambda handlers, picture: handlers.encode(picture, "crop", 1)):
         with pytest.raises(gr.Error, match="hf download a/b"):
-            call()
+            call(handlers, None)
     assert "weights" in handlers.plan(None, "a", 75)[0]
     html = str(ui.build_demo(handlers).get_config_file())
     assert "No weights are loaded" in html and "hf download a/b" in html
