@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_bert, build_clip, build_tokenizer
+from builders import build_bert, build_clip, build_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import T5Config, T5EncoderModel

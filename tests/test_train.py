@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from click.testing import CliRunner, Result
-from conftest import build_bert, build_tokenizer
+from builders import build_bert, build_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
