@@ -98,7 +98,7 @@ PRESETS = {
         pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
         t2i=TrainConfig(batch_size=32, max_steps=1900, learning_rate=5e-4, warmup_steps=100, caption_variants=2,
                         save_every=250),
-        vilex=TrainConfig(batch_size=64, max_steps=1500, learning_rate=1e-3, encoder_learning_rate=3e-4,
+        vilex=TrainConfig(batch_size=32, max_steps=600, learning_rate=5e-4, encoder_learning_rate=2e-4,
                           warmup_steps=30, caption_variants=2),
         source_weights=SOURCE_WEIGHTS,
     ),
