@@ -309,9 +309,7 @@ def _build_examples(picture: gr.Image, prompt: gr.Textbox) -> gr.Examples:
     return examples
 
 
-def _wire(
-    demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results, examples: gr.Examples
-) -> None:
+def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Results, examples: gr.Examples) -> None:
     """Every event. Inputs go to handlers unprocessed: gradio would open the file itself and word its own errors."""
     silent = {"show_progress": "hidden", "queue": False, "preprocess": False, "api_visibility": "private"}
     job = {"show_progress": "minimal", "show_progress_on": results.status, "preprocess": False, **_COMPUTE}

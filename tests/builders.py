@@ -1,9 +1,13 @@
 """Tiny random tokenizers and text encoders, by kind."""
 
+import vilex  # noqa: F401, I001  first: it mends a mismatched torchvision
+
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-WORDS = "a an the of in on photo painting sketch red green blue dog cat style monet van gogh beach rows mostly".split()
+WORDS = """
+a an the of in on photo painting sketch red green blue dog cat style monet van gogh beach rows mostly
+""".split()  # noqa: SIM905
 
 
 def build_tokenizer(kind: str) -> PreTrainedTokenizerFast:

@@ -24,6 +24,7 @@ from vilex.pipeline import VilexPipeline
 assert vilex
 torch.set_num_threads(1)
 
+
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer("bert")

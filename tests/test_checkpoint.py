@@ -95,7 +95,7 @@ def test_save_and_load_are_inverse(tmp_path, max_shard_size):
     save_module(module, tmp_path, "pair", max_shard_size=max_shard_size)
     assert len(list(tmp_path.glob("*.safetensors"))) == (1 if max_shard_size == "45MB" else 4)
     load_module(other, tmp_path, "pair")
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in (module, other)), strict=True))
 
 
 def test_half_on_disk_is_single_in_memory(tmp_path):

@@ -11,7 +11,9 @@ def run_python(code: str) -> str:
 
 
 def test_torchvision_works_after_vilex():
-    code = "import vilex, torch; from torchvision.transforms.functional import hflip; print(hflip(torch.eye(2)).tolist())"
+    code = (
+        "import vilex, torch; from torchvision.transforms.functional import hflip; print(hflip(torch.eye(2)).tolist())"
+    )
     assert run_python(code) == "[[0.0, 1.0], [1.0, 0.0]]"
 
 

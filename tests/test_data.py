@@ -91,7 +91,7 @@ def test_batch_keeps_order_shape_and_range(table):
     pictures = load_pictures([table, table, table], image_size=4)
     pixels = pictures.batch(torch.tensor([5, 0, 2, 4, 1]), torch.full((5, 3), -1.0))
     assert pixels.shape == (5, 3, 4, 4) and pixels.dtype == torch.float32
-    assert -1 <= pixels.min() and pixels.max() <= 1
+    assert pixels.min() >= -1 and pixels.max() <= 1
     assert torch.equal(pixels[0], pixels[4]) and torch.equal(pixels[1], pixels[2])
     assert not torch.equal(pixels[0], pixels[1])
 
@@ -104,9 +104,7 @@ def test_limit_and_sources_choose_pictures(table):
 
 def test_table_without_known_columns_takes_file_name_and_text(tmp_path):
     write_table(tmp_path / "own.parquet", [{"image": encode(halves()), "text": "my wall"}])
-    assert load_pictures(tmp_path / "*.parquet", image_size=4).records == [
-        Record("own.parquet:0", "own", ("my wall",))
-    ]
+    assert load_pictures(tmp_path / "*.parquet", image_size=4).records == [Record("own.parquet:0", "own", ("my wall",))]
 
 
 def test_folder_takes_captions_from_text_files_and_metadata(tmp_path):

@@ -1,11 +1,11 @@
 """The app's handlers on a tiny random pipeline, without a browser."""
 
+import app  # noqa: F401, I001  first: it sets what gradio reads at import
+
 import math
 import re
 from dataclasses import fields
 from pathlib import Path
-
-import app  # noqa: I001  first: it sets what gradio reads at import
 
 import gradio as gr
 import pytest

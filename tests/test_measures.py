@@ -39,12 +39,8 @@ def is_installed(file: nets.WeightFile) -> bool:
         return False
 
 
-needs_lpips = pytest.mark.skipif(
-    not is_installed(nets.LPIPS_FILES["alex"]), reason=nets.LPIPS_FILES["alex"].command
-)
-needs_efficientnet = pytest.mark.skipif(
-    not is_installed(nets.EFFICIENTNET_FILE), reason=nets.EFFICIENTNET_FILE.command
-)
+needs_lpips = pytest.mark.skipif(not is_installed(nets.LPIPS_FILES["alex"]), reason=nets.LPIPS_FILES["alex"].command)
+needs_efficientnet = pytest.mark.skipif(not is_installed(nets.EFFICIENTNET_FILE), reason=nets.EFFICIENTNET_FILE.command)
 
 
 # Distances

@@ -130,12 +130,14 @@ def test_closing_the_stream_stops_the_denoiser(pipeline, picture):
     [
         ("a dog", {}, True, ""),
         ("a dog", {"negative_prompt": "cat"}, True, ""),
-        ("a dog", {"negative_prompt": "cat", "guidance_scale": 1}, True, "the negative prompt has no effect at guidance 1"),
+        ("a dog", {"negative_prompt": "cat", "guidance_scale": 1}, True,
+         "the negative prompt has no effect at guidance 1"),
         ("", {"tfg_scale": 2}, True, "text-free guidance has no effect without words"),
         ("a dog", {"tfg_scale": 2}, False, "text-free guidance has no effect without an image"),
         ("a dog", {"num_tokens": 75}, True, "image 1 keeps 20 of 75 tokens"),
         ("dog " * 23 + "monet", {}, False, "the last words did not fit: 'dog monet'"),
-        ("", {"negative_prompt": "dog " * 22 + "cat"}, True, "the last words of the negative prompt did not fit: 'cat'"),
+        ("", {"negative_prompt": "dog " * 22 + "cat"}, True,
+         "the last words of the negative prompt did not fit: 'cat'"),
     ],
 )  # fmt: skip
 def test_notes(pipeline, picture, prompt, changes, with_image, note):

@@ -2,9 +2,13 @@
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import pytest
+from ruff import find_ruff_bin
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = ("vilex", "app", "train", "benchmarks", "tests")
@@ -89,3 +93,9 @@ def test_no_paths_of_one_machine():
     for path in [*files(*ALL), *ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile"]:
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             assert path == Path(__file__) or not LOCAL_PATH.search(line), f"{path.relative_to(ROOT)}:{i}"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_has_nothing_to_say(command):
+    done = subprocess.run([find_ruff_bin(), *command, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from click.testing import CliRunner, Result
 from builders import build_bert, build_tokenizer
+from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
 
@@ -117,6 +117,7 @@ def build_run(kind: str, files: SimpleNamespace, out: Path, accumulate: int = 1,
 
 def take_steps(run, count: int, fixed_step: int | None = None) -> list[float]:
     """Losses of optimiser steps; with fixed_step, all on that step's pictures, noise and token count."""
+
     def loss(global_step: int, micro: int) -> Tensor:
         return run.loss(global_step if fixed_step is None else fixed_step, micro)
 
@@ -157,7 +158,9 @@ def read_metrics(folder: Path) -> list[dict]:
 def test_t2i_trains_and_writes_what_load_t2i_reads(files, tmp_path):
     succeed("t2i", files, tmp_path, "--validation", str(files.data))
     t2i = load_t2i(tmp_path / "t2i", str(files.text))
-    average = dict(zip(dict(t2i.denoiser.named_parameters()), checkpoint(tmp_path)["ema"]["shadow_params"], strict=True))
+    average = dict(
+        zip(dict(t2i.denoiser.named_parameters()), checkpoint(tmp_path)["ema"]["shadow_params"], strict=True)
+    )
     for name, parameter in t2i.denoiser.named_parameters():
         assert torch.equal(parameter, average[name].half().float()), name
     for step in (0, 2, 4):
@@ -246,7 +249,6 @@ def test_init_from_starts_from_saved_weights_with_a_fresh_optimiser(kind, files,
 
 
 # What moves and what does not
-
 
 
 def visible(name: str, parameter: Tensor) -> Tensor:
@@ -501,7 +503,9 @@ def test_distillation_loss_falls_and_repeats(files):
         encoder = build_encoder(EncoderConfig(image_size=32, patch_size=8, width=16, layers=1, heads=2))
         start, losses = snapshot(encoder), []
         config = DistilConfig(steps=40, batch_size=6, learning_rate=1e-2)
-        distil_encoder(encoder, tiny_teacher(), pictures, config, lambda i, n, loss: losses.append(loss.item()))
+        distil_encoder(
+            encoder, tiny_teacher(), pictures, config, lambda i, n, loss, kept=losses: kept.append(loss.item())
+        )
         runs.append((snapshot(encoder), losses))
     assert len(losses) == 40 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
     assert_same(runs[0][0], runs[1][0])
@@ -549,9 +553,13 @@ def test_encoder_init_teacher_happens_once_and_the_run_resumes_exactly(files, tm
     flags = ["--encoder-init", "teacher", "--distil-steps", "3"]
     succeed("vilex", files, tmp_path / "whole", *flags)
     succeed("vilex", files, tmp_path / "plain")
-    assert checkpoint(tmp_path / "whole")["module"]["encoder.tower.pos_embed"].sub(
-        checkpoint(tmp_path / "plain")["module"]["encoder.tower.pos_embed"]
-    ).abs().max() > 0
+    assert (
+        checkpoint(tmp_path / "whole")["module"]["encoder.tower.pos_embed"]
+        .sub(checkpoint(tmp_path / "plain")["module"]["encoder.tower.pos_embed"])
+        .abs()
+        .max()
+        > 0
+    )
     with monkeypatch.context() as patch:
         save = TrainState.save
         patch.setattr(TrainState, "save", lambda state: (save(state), (_ for _ in ()).throw(Interrupted))[0])

@@ -4,6 +4,7 @@ A frozen text-to-image model can only be steered along directions its captions t
 what is shown, in which style, and where which colour is; wording and completeness vary at random.
 """
 
+import itertools
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -194,12 +195,9 @@ def _grid_size(chance: Chance) -> int:
     """Cells per side of the layout to write, 0 for none."""
     if chance.random() >= LAYOUT_SHARE:
         return 0
-    draw, cells = chance.random(), 0
-    for cells, share in GRIDS.items():
-        draw -= share
-        if draw < 0:
-            break
-    return cells
+    draw = chance.random()
+    reached = itertools.accumulate(GRIDS.values())
+    return next((cells for cells, share in zip(GRIDS, reached, strict=True) if draw < share), max(GRIDS))
 
 
 def _rows(rows: list[list[str]]) -> str:

@@ -99,9 +99,7 @@ def _edges(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
     return steps[:-1] // cells, -(-steps[1:] // cells)
 
 
-def grid_colours(
-    pixels: np.ndarray, cells: int, names: dict[str, tuple[int, int, int]] = COLOURS
-) -> np.ndarray:
+def grid_colours(pixels: np.ndarray, cells: int, names: dict[str, tuple[int, int, int]] = COLOURS) -> np.ndarray:
     """Index (B,cells,cells) into `names` of each cell's mean colour, of uint8 pixels (B,3,H,W)."""
     return name_cells(summed_area(pixels), cells, names)
 

@@ -52,7 +52,10 @@ class TeacherFeatures:
 
 
 def distil_encoder(
-    encoder: PatchEncoder, teacher: Teacher, pictures: Pictures, config: DistilConfig,
+    encoder: PatchEncoder,
+    teacher: Teacher,
+    pictures: Pictures,
+    config: DistilConfig,
     on_step: Callable[[int, int, Tensor], None] | None = None,
 ) -> None:
     """Trains the encoder in place, deterministically; the linear head on top of it is thrown away.

@@ -237,9 +237,20 @@ def write_figure(metrics: dict[str, dict[str, float]], path: Path) -> None:
 @click.option("--threads", type=int, help="CPU threads of torch.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
-    model: str | None, data: tuple[str, ...], gallery: tuple[str, ...], gallery_limit: int, limit: int | None,
-    steps: int, guidance: float, text_guidance: float, arms: str, batch_size: int, device: str | None,
-    dtype: str | None, threads: int | None, out: Path,
+    model: str | None,
+    data: tuple[str, ...],
+    gallery: tuple[str, ...],
+    gallery_limit: int,
+    limit: int | None,
+    steps: int,
+    guidance: float,
+    text_guidance: float,
+    arms: str,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    out: Path,
 ) -> None:
     """Measure a model on held-out pictures and write metrics.json, metrics.png and samples.png."""
     start(threads)

@@ -31,7 +31,12 @@ def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator) ->
 
 
 def diffusion_loss(
-    t2i: TextToImage, denoiser: nn.Module, latents: Tensor, condition: Conditioning, noise: Noise, snr_gamma: float = 0.0
+    t2i: TextToImage,
+    denoiser: nn.Module,
+    latents: Tensor,
+    condition: Conditioning,
+    noise: Noise,
+    snr_gamma: float = 0.0,
 ) -> Tensor:
     """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped."""
     noisy_latents = t2i.scheduler.add_noise(latents, noise.values, noise.timesteps)

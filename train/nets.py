@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import vilex  # noqa: F401, I001  first, as it declares the operators that importing torchvision may lack
 import numpy as np
 import timm
 import torch

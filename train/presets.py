@@ -6,7 +6,6 @@ from diffusers import UNet2DConditionModel
 
 from vilex.config import MAX_TOKENS, Config, EncoderConfig, PoolerConfig, setting
 
-
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")  # diffusers' names; "sample" is x0
 
 
@@ -28,8 +27,11 @@ class UNetConfig(Config):
     prediction_type: str = "v_prediction"
 
     def rules(self) -> list[str]:
-        broken = [f"width {w} is not a multiple of norm_num_groups {self.norm_num_groups}"
-                  for w in self.widths if w % self.norm_num_groups]
+        broken = [
+            f"width {w} is not a multiple of norm_num_groups {self.norm_num_groups}"
+            for w in self.widths
+            if w % self.norm_num_groups
+        ]
         broken += [f"width {w} is not a multiple of heads {self.heads}" for w in self.widths if w % self.heads]
         if len(self.attention) != len(self.widths):
             broken.append(f"attention has {len(self.attention)} entries, widths {len(self.widths)}")
@@ -77,39 +79,80 @@ class Preset:
 
 # Drawings are few but teach shapes fastest; art is what the app is for.
 SOURCE_WEIGHTS = {
-    "wikiart": 0.30, "tiny-imagenet": 0.18, "miniplaces": 0.13, "emoji": 0.16, "pacs": 0.06,
-    "caltech101": 0.05, "flickr8k": 0.04, "flowers102": 0.04, "openclipart": 0.04,
+    "wikiart": 0.30,
+    "tiny-imagenet": 0.18,
+    "miniplaces": 0.13,
+    "emoji": 0.16,
+    "pacs": 0.06,
+    "caltech101": 0.05,
+    "flickr8k": 0.04,
+    "flowers102": 0.04,
+    "openclipart": 0.04,
 }
 
 PRESETS = {
     "tiny": Preset(
-        unet=UNetConfig(widths=(8, 8), attention=(False, True), pixel_unshuffle=4, image_size=32, heads=2,
-                        norm_num_groups=4),
+        unet=UNetConfig(
+            widths=(8, 8), attention=(False, True), pixel_unshuffle=4, image_size=32, heads=2, norm_num_groups=4
+        ),
         encoder=EncoderConfig(image_size=32, patch_size=8, width=8, layers=1, heads=2),
         pooler=PoolerConfig(num_queries=MAX_TOKENS, num_blocks=1, width=8, heads=2, patch_width=8),
-        t2i=TrainConfig(batch_size=4, max_steps=4, warmup_steps=1, caption_variants=2, sample_every=2, save_every=2,
-                        log_every=1),
-        vilex=TrainConfig(batch_size=4, max_steps=4, warmup_steps=1, learning_rate=1e-3, caption_variants=2,
-                          sample_every=2, save_every=2, log_every=1),
+        t2i=TrainConfig(
+            batch_size=4, max_steps=4, warmup_steps=1, caption_variants=2, sample_every=2, save_every=2, log_every=1
+        ),
+        vilex=TrainConfig(
+            batch_size=4,
+            max_steps=4,
+            warmup_steps=1,
+            learning_rate=1e-3,
+            caption_variants=2,
+            sample_every=2,
+            save_every=2,
+            log_every=1,
+        ),
     ),
     "nano": Preset(
         unet=UNetConfig(widths=(64, 128, 192), attention=(False, True, False), prediction_type="sample"),
         encoder=EncoderConfig(width=192, layers=5, heads=6, patch_size=8),
         pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
-        t2i=TrainConfig(batch_size=32, max_steps=1900, learning_rate=5e-4, warmup_steps=100, caption_variants=2,
-                        save_every=250),
-        vilex=TrainConfig(batch_size=32, max_steps=600, learning_rate=5e-4, encoder_learning_rate=2e-4,
-                          warmup_steps=30, caption_variants=2),
+        t2i=TrainConfig(
+            batch_size=32, max_steps=1900, learning_rate=5e-4, warmup_steps=100, caption_variants=2, save_every=250
+        ),
+        vilex=TrainConfig(
+            batch_size=32,
+            max_steps=600,
+            learning_rate=5e-4,
+            encoder_learning_rate=2e-4,
+            warmup_steps=30,
+            caption_variants=2,
+        ),
         source_weights=SOURCE_WEIGHTS,
     ),
     "mini": Preset(
         unet=UNetConfig(widths=(112, 176, 240), attention=(False, True, True), pixel_unshuffle=2, layers_per_block=2),
         encoder=EncoderConfig(width=256, layers=8, heads=8, patch_size=8),
         pooler=PoolerConfig(num_blocks=5, width=256, heads=8, patch_width=256),
-        t2i=TrainConfig(batch_size=1024, max_steps=20_000, learning_rate=6e-4, warmup_steps=500, caption_variants=6,
-                        sample_every=2000, save_every=1000, log_every=50),
-        vilex=TrainConfig(batch_size=512, max_steps=20_000, learning_rate=1e-3, encoder_learning_rate=3e-4,
-                          warmup_steps=400, caption_variants=4, sample_every=2000, save_every=1000, log_every=50),
+        t2i=TrainConfig(
+            batch_size=1024,
+            max_steps=20_000,
+            learning_rate=6e-4,
+            warmup_steps=500,
+            caption_variants=6,
+            sample_every=2000,
+            save_every=1000,
+            log_every=50,
+        ),
+        vilex=TrainConfig(
+            batch_size=512,
+            max_steps=20_000,
+            learning_rate=1e-3,
+            encoder_learning_rate=3e-4,
+            warmup_steps=400,
+            caption_variants=4,
+            sample_every=2000,
+            save_every=1000,
+            log_every=50,
+        ),
         source_weights=SOURCE_WEIGHTS,
     ),
 }

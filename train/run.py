@@ -49,8 +49,9 @@ _OPTIONS = (
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch."),
-    click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True,
-                 help="Micro-batches per step."),
+    click.option(
+        "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches per step."
+    ),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile the denoiser."),
     click.option("--fp32", is_flag=True, help="No bf16 autocast."),
     click.option("--dry-run", is_flag=True, help="Log sizes, compute and memory, then stop."),
@@ -109,7 +110,12 @@ class TrainingRun(ABC):
     captions: CaptionTable
 
     def __init__(
-        self, t2i: TextToImage, pictures: Pictures, held_out: Pictures | None, preset: Preset, config: TrainConfig,
+        self,
+        t2i: TextToImage,
+        pictures: Pictures,
+        held_out: Pictures | None,
+        preset: Preset,
+        config: TrainConfig,
         options: RunOptions,
     ) -> None:
         self.config, self.options = config, options
@@ -182,11 +188,18 @@ class TrainingRun(ABC):
         config, parameters = self.config, parameter_count(self.module)
         stored = self.pictures.pixels.nbytes + self.captions.ids.nbytes
         log.info("%d pictures, %.2f GB with %d texts each", len(self.pictures), stored / 1e9, self.captions.variants)
-        log.info("%.2fM trained parameters; with gradients, optimiser and EMA up to %.2f GB", parameters / 1e6,
-                 parameters * _BYTES_PER_PARAMETER / 1e9)
-        log.info("%.2f GFLOP per picture, %.3f PFLOP for %d steps of %d pictures", self.flops_per_picture / 1e9,
-                 self.flops_per_picture * config.batch_size * config.max_steps / 1e15, config.max_steps,
-                 config.batch_size)
+        log.info(
+            "%.2fM trained parameters; with gradients, optimiser and EMA up to %.2f GB",
+            parameters / 1e6,
+            parameters * _BYTES_PER_PARAMETER / 1e9,
+        )
+        log.info(
+            "%.2f GFLOP per picture, %.3f PFLOP for %d steps of %d pictures",
+            self.flops_per_picture / 1e9,
+            self.flops_per_picture * config.batch_size * config.max_steps / 1e15,
+            config.max_steps,
+            config.batch_size,
+        )
 
     def resume(self) -> None:
         """Takes up the run in --out, if there is one. Raises ValueError when it has other settings."""

@@ -56,7 +56,9 @@ class TrainState:
         config: TrainConfig,
     ) -> None:
         self.folder, self.accelerator, self.config = folder, accelerator, config
-        self.ema = EMAModel(module.parameters(), decay=0.9999, use_ema_warmup=True, power=config.ema_power, foreach=True)
+        self.ema = EMAModel(
+            module.parameters(), decay=0.9999, use_ema_warmup=True, power=config.ema_power, foreach=True
+        )
         self.ema.to(accelerator.device)
         self.module, self.optimizer = module, optimizer
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
@@ -113,7 +115,9 @@ class TrainState:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / METRICS_NAME
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if self.global_step and path.is_file() else []
+        lines = (
+            path.read_text(encoding="utf-8").splitlines(keepends=True) if self.global_step and path.is_file() else []
+        )
         kept = [line for line in lines if json.loads(line)["global_step"] <= self.global_step]
         path.write_text("".join(kept), encoding="utf-8")
 

@@ -64,8 +64,9 @@ def _place(record: Record, chance: Chance) -> str:
 
 def _flower(record: Record, chance: Chance) -> str:
     flower = record.label if record.label.endswith("flower") else f"{record.label} flower"
-    return pick(chance, f"a photo of {with_article(flower)}", with_article(flower), flower, f"a close-up of {with_article(flower)}",
-                 f"a photo of {with_article(record.label)}")  # fmt: skip
+    a_flower = with_article(flower)
+    return pick(chance, f"a photo of {a_flower}", a_flower, flower, f"a close-up of {a_flower}",
+                f"a photo of {with_article(record.label)}")  # fmt: skip
 
 
 def _emoji(record: Record, chance: Chance) -> str:
@@ -74,7 +75,9 @@ def _emoji(record: Record, chance: Chance) -> str:
     label = record.label
     if record.keywords and chance.random() > 0.7:
         label = f"{label}, {pick(chance, *record.keywords)}"
-    return pick(chance, f"{with_article(style)} of {label}", f"{style} of {label}", f"{label}, {style}", f"{label} {style}")
+    return pick(
+        chance, f"{with_article(style)} of {label}", f"{style} of {label}", f"{label}, {style}", f"{label} {style}"
+    )
 
 
 _EMOJI_STYLES = {"3D": "3D emoji", "gradient": "gradient emoji", "blob": "blob emoji", "Streamline": "outline emoji"}

@@ -89,13 +89,15 @@ def write_grid(t2i: TextToImage, path: Path) -> None:
 def validation_loss(t2i: TextToImage, pictures: Pictures, config: TrainConfig, batch_size: int = 64) -> float:
     """Loss on held-out pictures with their plain captions, the same noise each time."""
     total = 0.0
-    for start in range(0, len(pictures), batch_size):
-        indices = torch.arange(start, min(start + batch_size, len(pictures)))
-        texts = tabulate([[plain_caption(pictures.records[i])] for i in indices], t2i.tokenizer, t2i.config.context_length)
+    for first in range(0, len(pictures), batch_size):
+        indices = torch.arange(first, min(first + batch_size, len(pictures)))
+        texts = tabulate(
+            [[plain_caption(pictures.records[i])] for i in indices], t2i.tokenizer, t2i.config.context_length
+        )
         prompt = texts.prompt(torch.arange(len(indices)), torch.zeros_like(indices), trim=True)
         condition = t2i.encode_prompt(prompt)
         latents = t2i.encode(pictures.batch(indices))
-        noise = draw_noise(t2i, len(indices), step_generator(config.seed, start, device=latents.device))
+        noise = draw_noise(t2i, len(indices), step_generator(config.seed, first, device=latents.device))
         total += diffusion_loss(t2i, t2i.denoiser, latents, condition, noise).item() * len(indices)
     return total / len(pictures)
 
@@ -104,8 +106,14 @@ class T2IRun(TrainingRun):
     """Trains the denoiser; the text encoder is frozen."""
 
     def __init__(
-        self, t2i: TextToImage, pictures: Pictures, held_out: Pictures | None, preset: Preset, config: TrainConfig,
-        options: RunOptions, workers: int = 1,
+        self,
+        t2i: TextToImage,
+        pictures: Pictures,
+        held_out: Pictures | None,
+        preset: Preset,
+        config: TrainConfig,
+        options: RunOptions,
+        workers: int = 1,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         texts = write_captions(
@@ -141,12 +149,24 @@ class T2IRun(TrainingRun):
 @training_options
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A t2i folder.")
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True,
-              help="Processes that write captions.")
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that write captions."
+)
 def main(
-    preset: str, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None, out: Path,
-    text_encoder: str | None, init_from: Path | None, workers: int, threads: int | None, accumulate: int,
-    compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
+    preset: str,
+    data: tuple[str, ...],
+    validation: tuple[str, ...],
+    limit: int | None,
+    out: Path,
+    text_encoder: str | None,
+    init_from: Path | None,
+    workers: int,
+    threads: int | None,
+    accumulate: int,
+    compiled: bool,
+    fp32: bool,
+    dry_run: bool,
+    **overrides: float | None,
 ) -> None:
     """Train the embedded text-to-image model."""
     start(threads)

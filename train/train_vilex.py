@@ -68,8 +68,16 @@ class VilexRun(TrainingRun):
     """Trains encoder and pooler; denoiser and text encoder are frozen."""
 
     def __init__(
-        self, t2i: TextToImage, model: ViLex, pictures: Pictures, held_out: Pictures | None, preset: Preset,
-        config: TrainConfig, options: RunOptions, distil: DistilConfig | None = None, spell_steps: int = 0,
+        self,
+        t2i: TextToImage,
+        model: ViLex,
+        pictures: Pictures,
+        held_out: Pictures | None,
+        preset: Preset,
+        config: TrainConfig,
+        options: RunOptions,
+        distil: DistilConfig | None = None,
+        spell_steps: int = 0,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         self.captions = tabulate_words(pictures, t2i).to(self.device)
@@ -80,13 +88,18 @@ class VilexRun(TrainingRun):
             if distil:
                 self._distil(model, distil)
             if spell_steps:
-                spell_captions(model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights)
+                spell_captions(
+                    model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
+                )
         self.attach(model, build_optimizer(model, config))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
         teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
         hidden = not self.accelerator.is_main_process
-        with tqdm(total=config.steps, desc="teacher", disable=hidden, mininterval=5) as bar, self.accelerator.autocast():
+        with (
+            tqdm(total=config.steps, desc="teacher", disable=hidden, mininterval=5) as bar,
+            self.accelerator.autocast(),
+        ):
 
             def show(step: int, steps: int, loss: Tensor) -> None:
                 if step % 20 == 0 or step + 1 == steps:
@@ -215,19 +228,48 @@ def read_encoder_init(
 
 @click.command()
 @training_options
-@click.option("--t2i", "t2i_folder", required=True, type=click.Path(file_okay=False, path_type=Path),
-              help="Folder of the frozen text-to-image model.")
+@click.option(
+    "--t2i",
+    "t2i_folder",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the frozen text-to-image model.",
+)
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
-@click.option("--encoder-init", default="random", show_default=True, metavar="random|teacher|open_clip:TAG",
-              help="Start of the vision tower; teacher: distilled from EfficientNet-lite2.")
+@click.option(
+    "--encoder-init",
+    default="random",
+    show_default=True,
+    metavar="random|teacher|open_clip:TAG",
+    help="Start of the vision tower; teacher: distilled from EfficientNet-lite2.",
+)
 @click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
-@click.option("--spell-steps", type=click.IntRange(min=0), default=0, show_default=True,
-              help="First let the tokens spell the model's own layout captions, for this many steps.")
+@click.option(
+    "--spell-steps",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="First let the tokens spell the model's own layout captions, for this many steps.",
+)
 @click.option("--encoder-learning-rate", type=float, help="Of the vision tower.")
 def main(
-    preset: str, data: tuple[str, ...], validation: tuple[str, ...], limit: int | None, out: Path,
-    text_encoder: str | None, t2i_folder: Path, init_from: Path | None, encoder_init: str, distil_steps: int | None,
-    spell_steps: int, threads: int | None, accumulate: int, compiled: bool, fp32: bool, dry_run: bool, **overrides: float | None,
+    preset: str,
+    data: tuple[str, ...],
+    validation: tuple[str, ...],
+    limit: int | None,
+    out: Path,
+    text_encoder: str | None,
+    t2i_folder: Path,
+    init_from: Path | None,
+    encoder_init: str,
+    distil_steps: int | None,
+    spell_steps: int,
+    threads: int | None,
+    accumulate: int,
+    compiled: bool,
+    fp32: bool,
+    dry_run: bool,
+    **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
     start(threads)

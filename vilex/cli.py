@@ -237,9 +237,7 @@ def reconstruct(
 @setting_option("--tokens", "num_tokens")
 @drawing_options
 @shared
-def vary(
-    engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path, raw: bool
-) -> None:
+def vary(engine: Engine, config: GenerationConfig, photos: Sequence[Path], fit: "Fit", out: Path, raw: bool) -> None:
     """Draw new pictures with each PHOTO's content.
 
     Written as <stem>-seed<seed>.png; the same seed gives the same picture, whatever --count is.

@@ -53,7 +53,11 @@ class VilexPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | None = None, *, device: str | None = None, dtype: str | None = None,
+        cls,
+        model: str | None = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
         text_encoder: str | None = None,
     ) -> Self:
         """A pipeline from a folder, a name in assets/weights or a hub id; the default weights without one.
@@ -101,7 +105,11 @@ class VilexPipeline:
         return self.vilex(pixels.to(self.device), num_tokens)
 
     def compose(
-        self, prompt: str, images: Sequence[Word] = (), num_tokens: int = MAX_TOKENS, names: Sequence[str] = (),
+        self,
+        prompt: str,
+        images: Sequence[Word] = (),
+        num_tokens: int = MAX_TOKENS,
+        names: Sequence[str] = (),
         fit: Fit = "crop",
     ) -> ComposedPrompt:
         """The prompt as token ids and slots: what of the words and pictures fits, before anything is drawn.
@@ -115,8 +123,13 @@ class VilexPipeline:
 
     @torch.no_grad()
     def stream(
-        self, prompt: str = "", images: Sequence[Word] = (), config: GenerationConfig | None = None,
-        *, names: Sequence[str] = (), fit: Fit = "crop",
+        self,
+        prompt: str = "",
+        images: Sequence[Word] = (),
+        config: GenerationConfig | None = None,
+        *,
+        names: Sequence[str] = (),
+        fit: Fit = "crop",
     ) -> Iterator[Step]:
         """Denoising step by step; closing the iterator stops within one step, `decode` turns a Step into pictures."""
         config = config or GenerationConfig()
@@ -125,8 +138,14 @@ class VilexPipeline:
         return sample_steps(self.t2i, conditions, config)
 
     def generate(
-        self, prompt: str = "", images: Sequence[Word] = (), config: GenerationConfig | None = None,
-        *, names: Sequence[str] = (), fit: Fit = "crop", on_step: OnStep | None = None,
+        self,
+        prompt: str = "",
+        images: Sequence[Word] = (),
+        config: GenerationConfig | None = None,
+        *,
+        names: Sequence[str] = (),
+        fit: Fit = "crop",
+        on_step: OnStep | None = None,
     ) -> Generation:
         """config.num_images pictures of a prompt in which `<image>` stands for the given pictures.
 
@@ -142,8 +161,12 @@ class VilexPipeline:
         return Generation(self.decode(step.latents), prompt, config, self.note(prompt, words, config, names))
 
     def reconstruct(
-        self, image: Word, budgets: Sequence[int] = DEFAULT_BUDGETS, config: GenerationConfig | None = None,
-        *, fit: Fit = "crop",
+        self,
+        image: Word,
+        budgets: Sequence[int] = DEFAULT_BUDGETS,
+        config: GenerationConfig | None = None,
+        *,
+        fit: Fit = "crop",
     ) -> Iterator[tuple[int, Generation]]:
         """(budget, Generation) per token budget, cheapest first, all from one shared noise."""
         config = config or GenerationConfig()

@@ -109,7 +109,10 @@ def sample_steps(
 
 
 def sample(
-    t2i: TextToImage, conditions: Conditions, config: GenerationConfig, on_step: OnStep | None = None,
+    t2i: TextToImage,
+    conditions: Conditions,
+    config: GenerationConfig,
+    on_step: OnStep | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
     """Clean latents (B,C,h,w); on_step(step, num_inference_steps, latents) sees the estimate after each step."""
