@@ -10,6 +10,7 @@ from transformers import T5Config, T5EncoderModel
 from vilex.prompt import (
     compose,
     compose_leading,
+    count_placeholders,
     fit_budget,
     has_words,
     override_embeddings,
@@ -70,6 +71,11 @@ def test_a_number_without_an_image_is_refused(text):
 def test_a_placeholder_without_any_image_is_refused():
     with pytest.raises(ValueError, match="the prompt has 0"):
         parse("<image> on a beach", 0)
+
+
+def test_placeholders_are_counted():
+    assert count_placeholders("<image> on <image:2>, [corgi], <image:x>") == 2
+    assert count_placeholders("a dog") == 0
 
 
 def test_words_removed_keeps_images_in_order():

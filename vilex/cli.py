@@ -41,7 +41,6 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help a
 CODE_SUFFIX = ".vilex"
 _MAX_STEM = 60  # characters of an output's name, so that it fits any file system
 _SMALL_SIDE = 256  # pixels; models that draw at this size or above need no upsampler
-_IMAGE_SLOT = re.compile(r"<image(:\d+)?>")
 _log = logging.getLogger(__name__)
 
 
@@ -268,7 +267,9 @@ def mix(
     """
     inputs = _find_inputs(photos)
     desk = _open_desk(engine, out, raw, inputs)
-    if len(_IMAGE_SLOT.findall(prompt)) > 1:
+    from vilex.prompt import count_placeholders
+
+    if count_placeholders(prompt) > 1:
         words = [_read_word(path, desk.pipeline, config.num_tokens, fit) for path in inputs.values()]
         with _progress(config.num_inference_steps) as advance:
             _draw(desk, f"{'+'.join(inputs)[:_MAX_STEM]}-mix", prompt, words, config, advance)

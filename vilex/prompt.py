@@ -95,6 +95,11 @@ def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | i
     return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
 
 
+def count_placeholders(text: str) -> int:
+    """How many times the text stands for an image by `<image>` or `<image:2>`."""
+    return sum(match.group(2) is None for match in _SLOT.finditer(text))
+
+
 def words_removed(text: str, num_images: int, names: Sequence[str] = ()) -> str:
     """The prompt with its images in the same order and no words: the v of [v, c]."""
     return "".join(f"<image:{s + 1}>" for s in parse(text, num_images, names) if isinstance(s, int))
