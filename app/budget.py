@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse, special_tokens
+from vilex.prompt import parse, special_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def spend(pipeline: VilexPipeline, prompt: str, num_images: int, num_tokens: int
 
 def _words(pipeline: VilexPipeline, text: str) -> list[tuple[str, int]]:
     """Each word of the text as the user wrote it, and the tokens it takes."""
-    encoding = pipeline.t2i.tokenizer(text, add_special_tokens=False)
+    encoding = tokenize(pipeline.t2i.tokenizer, text)
     indices = encoding.word_ids()
     spans = {i: encoding.word_to_chars(i) for i in indices}
     return [(text[span.start : span.end], indices.count(i)) for i, span in spans.items()]

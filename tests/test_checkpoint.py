@@ -1,5 +1,7 @@
 """Strict loading: whatever is wrong with a file is an error with a sentence, never a random weight."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -8,7 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 from vilex import checkpoint
-from vilex.checkpoint import find_weights, load_module, load_pretrained, save_module
+from vilex.checkpoint import find_weights, load_module, load_pretrained, save_module, weights_name
 
 UNET = dict(
     sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
@@ -216,3 +218,11 @@ def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatc
 def test_absent_weights_give_one_sentence(weights, model, message):
     with pytest.raises(ValueError, match=message):
         find_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("weights/nano", "nano"), ("hub/models--vilex--vilex-nano/snapshots/0a1b2c", "vilex/vilex-nano")],
+)
+def test_a_hub_download_is_named_by_its_id_not_its_commit(folder, name):
+    assert weights_name(Path(folder)) == name

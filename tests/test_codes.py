@@ -83,6 +83,7 @@ def test_a_reshaped_tensor_is_noticed(tokens):
         (torch.ones(5, 7).half(), _metadata(format="vilex-9"), "its format is 'vilex-9'"),
         (torch.ones(5, 7).half(), {"format": "vilex-1"}, "not a vilex-1 file"),
         (torch.ones(5, 7).half(), _metadata(), "checksum"),
+        (torch.tensor(1.0).half(), _metadata(), r"1 to 75 vectors, got shape \(\)"),
         (torch.ones(5, 7), _metadata(sha256=codes._sha256(torch.ones(5, 7))), "fp16"),
         (torch.ones(76, 7).half(), _metadata(sha256=codes._sha256(torch.ones(76, 7).half())), "1 to 75 vectors"),
     ],

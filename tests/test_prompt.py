@@ -73,6 +73,19 @@ def test_a_placeholder_without_any_image_is_refused():
         parse("<image> on a beach", 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_in_the_text_are_ordinary_words(kind):
+    tokenizer, _ = build_pair(kind)
+    special = tokenizer.all_special_tokens
+    prompt = compose(f"a {special[-1]} dog", [], tokenizer, LENGTH)
+    length = int(prompt.attention_mask.sum())
+    inside = prompt.input_ids[0, :length].tolist()
+    around = compose("a dog", [], tokenizer, LENGTH)
+    count = sum(token in tokenizer.all_special_ids for token in around.input_ids[0, : int(around.attention_mask.sum())])
+    known = [token for token in inside if token in tokenizer.all_special_ids and token != tokenizer.unk_token_id]
+    assert len(known) == count
+
+
 def test_placeholders_are_counted():
     assert count_placeholders("<image> on <image:2>, [corgi], <image:x>") == 2
     assert count_placeholders("a dog") == 0

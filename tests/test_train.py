@@ -425,7 +425,30 @@ def test_source_weights_leave_out_absent_sources_and_give_way_to_unknown_ones():
     assert source_weights(records, {"a": 1.0}) is None
 
 
+def test_ids_beyond_16_bits_survive_tabulation():
+    class Large:  # CLIP's vocabulary has 49,408 entries
+        def __call__(self, texts, **options):
+            ids = torch.full((len(texts), options["max_length"]), 49_407)
+            return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    ids, mask = tabulate([["a"], ["b"]], Large(), 5).rows(torch.arange(2), torch.zeros(2).long(), trim=False)
+    assert ids.tolist() == [[49_407] * 5] * 2
+    assert mask.all()
+
+
 # What is refused
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(files, tmp_path):
+    state = build_run("vilex", files, tmp_path).state
+    state.open_log()
+    state.save()
+    good = state.path.read_bytes()
+    with torch.no_grad():
+        next(state.module.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="weights are not finite at step 0"):
+        state.save()
+    assert state.path.read_bytes() == good
 
 
 @pytest.mark.parametrize("kind", ["t2i", "vilex"])

@@ -15,7 +15,7 @@ from vilex.prompt import ComposedPrompt
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """Token ids of K texts per picture: ids int16 (S,K,L), lengths int16 (S,K), special tokens included."""
+    """Token ids of K texts per picture: ids int32 (S,K,L), lengths int32 (S,K), special tokens included."""
 
     ids: Tensor
     lengths: Tensor
@@ -46,7 +46,7 @@ def tabulate(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase,
     flat = [text for variants in texts for text in variants]
     tokens = tokenizer(flat, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
     ids = tokens.input_ids.view(len(texts), -1, context_length)  # (S,K,L)
-    return CaptionTable(ids.short(), tokens.attention_mask.view_as(ids).sum(2).short())
+    return CaptionTable(ids.int(), tokens.attention_mask.view_as(ids).sum(2).int())
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from train.measures import (
     to_bytes,
 )
 from train.nets import Extractor, load_efficientnet, load_lpips, load_vgg
-from train.run import start
+from train.run import start, usage_errors
 from train.subjects import plain_caption
-from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig
 from vilex.diffusion import Conditioning
 from vilex.images import contact_sheet, to_images
 from vilex.pipeline import VilexPipeline
@@ -53,6 +53,15 @@ class Arm:
 
     name: str
     samples: Tensor
+
+
+def parse_arms(arms: str) -> list[str]:
+    """Names of the arms; raises ValueError unless each is "text", "dense" or a number of tokens."""
+    names = [name.strip() for name in arms.split(",")]
+    for name in names:
+        if name not in ("text", "dense") and not (name.isdecimal() and 1 <= int(name) <= MAX_TOKENS):
+            raise ValueError(f"an arm is text, dense or a number of tokens from 1 to {MAX_TOKENS}, got {name!r}")
+    return names
 
 
 class Conditioner:
@@ -254,7 +263,8 @@ def main(
 ) -> None:
     """Measure a model on held-out pictures and write metrics.json, metrics.png and samples.png."""
     start(threads)
-    try:
+    with usage_errors():
+        names = parse_arms(arms)
         config = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
         words_config = replace(config, guidance_scale=text_guidance)
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype)
@@ -262,10 +272,8 @@ def main(
         pictures = load_pictures(list(data), image_size=size, limit=limit)
         training = load_pictures(list(gallery), image_size=size, limit=gallery_limit) if gallery else None
         judge = Judge(pictures, training, str(pipeline.device))
-    except (ValueError, FileNotFoundError) as error:
-        raise click.UsageError(str(error)) from error
     began, drawn = time.perf_counter(), []
-    for name in arms.split(","):
+    for name in names:
         drawn.append(draw_arm(pipeline, pictures, name, config if name.isdigit() else words_config, batch_size))
     metrics = {arm.name: judge.measure(arm.samples) for arm in drawn}
     report = {

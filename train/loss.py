@@ -40,14 +40,7 @@ def diffusion_loss(
 ) -> Tensor:
     """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped."""
     noisy_latents = t2i.scheduler.add_noise(latents, noise.values, noise.timesteps)
-    prediction = denoiser(
-        noisy_latents,
-        noise.timesteps,
-        encoder_hidden_states=condition.prompt_embeds,
-        class_labels=condition.pooled,
-        encoder_attention_mask=condition.mask,
-        return_dict=False,
-    )[0]
+    prediction = t2i.denoise(noisy_latents, noise.timesteps, condition, denoiser)
     target = t2i.target(latents, noise.values, noise.timesteps)
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
     return (errors * loss_weights(t2i, noise.timesteps, snr_gamma)).mean()

@@ -137,7 +137,7 @@ class TrainingRun(ABC):
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
         """Hands the trained module, or `model` around it, and its optimiser to accelerate and to the run's state."""
         self.module = module
-        self.model, optimizer = self.accelerator.prepare(model or module, optimizer)
+        self.model, optimizer = self.accelerator.prepare(module if model is None else model, optimizer)
         self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config)
 
     def compiled(self, denoiser: nn.Module) -> nn.Module:

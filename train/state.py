@@ -73,7 +73,10 @@ class TrainState:
         return self.global_step % every == 0 or self.global_step == self.config.max_steps
 
     def resume(self) -> bool:
-        """Whether a checkpoint was there and has been loaded. Raises ValueError if it is of another run."""
+        """Whether a checkpoint was there and has been loaded.
+
+        Raises ValueError if it is of other settings or another network.
+        """
         if not self.path.is_file():
             return False
         saved = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
@@ -93,9 +96,14 @@ class TrainState:
         return True
 
     def save(self) -> None:
-        """Writes the checkpoint beside the old one, then takes its place."""
+        """Writes the checkpoint beside the old one, then takes its place.
+
+        Raises FloatingPointError on weights that are not finite, so that the last good checkpoint stays.
+        """
         if not self.accelerator.is_main_process:
             return
+        if not all(parameter.isfinite().all() for parameter in self.module.parameters()):
+            raise FloatingPointError(f"weights are not finite at step {self.global_step}; lower the learning rate")
         temporary = self.path.with_suffix(".tmp")
         torch.save(
             {

@@ -36,7 +36,7 @@ def spell_captions(
     """Trains `model` in place; returns the loss of each step, relative to the variance of word embeddings."""
     table = embedding_module(t2i.text_encoder).weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    warm_down = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
     losses = []
     for pixels, ids in tqdm(_batches(t2i, pictures, steps, batch_size, seed, weights), total=steps, mininterval=5):
         vilex_tokens = model(pixels)[:, : ids.shape[1]]  # (B,N,D)
@@ -44,7 +44,7 @@ def spell_captions(
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        warm_down.step()
+        lr_schedule.step()
         losses.append(loss.item())
     log.info("spelling captions: relative error %.3f after %d steps", losses[-1], steps)
     return losses

@@ -34,6 +34,13 @@ def find_weights(model: str | None = None) -> str:
     return str(default) if default.is_dir() else _download(config.HUB_ID)
 
 
+def weights_name(folder: Path) -> str:
+    """The name of a model's folder; of a hub download, whose folder is a commit, the hub id."""
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
 def _resolve(wanted: str) -> str:
     for folder in (Path(wanted).expanduser(), WEIGHTS_FOLDER / wanted):
         if folder.is_dir():

@@ -95,9 +95,11 @@ def from_bytes(data: bytes, fingerprint: str | None = None) -> VilexCode:
     metadata, tensors = _parse(data)
     _check_metadata(metadata, fingerprint)
     tokens = tensors.get("vilex_tokens")
-    if tokens is None or len(tensors) > 1 or _sha256(tokens) != metadata["sha256"]:
-        raise ValueError("the code is damaged: its checksum does not fit its tokens")
+    if tokens is None or len(tensors) > 1:
+        raise ValueError("the code is damaged: it must hold one tensor, vilex_tokens")
     _check_tokens(tokens)
+    if _sha256(tokens) != metadata["sha256"]:
+        raise ValueError("the code is damaged: its checksum does not fit its tokens")
     return VilexCode(tokens.float(), metadata["fingerprint"], metadata["source"][:_MAX_SOURCE])
 
 

@@ -108,9 +108,15 @@ class TextToImage(nn.Module):
             states = self.text_encoder(prompt.input_ids.to(device), attention_mask=mask).last_hidden_state  # (B,L,D)
         return Conditioning(states, masked_mean(states, mask), mask) if self.embedded else Conditioning(states)
 
-    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
-        """The denoiser's raw prediction (B,C,h,w) for noisy_latents (B,C,h,w) at timesteps int64 (B,)."""
-        return self.denoiser(
+    def denoise(
+        self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The raw prediction (B,C,h,w) for noisy_latents (B,C,h,w) at timesteps int64 (B,).
+
+        `denoiser` stands for the model's own when that is wrapped or compiled.
+        """
+        network = self.denoiser if denoiser is None else denoiser
+        return network(
             noisy_latents,
             timesteps,
             encoder_hidden_states=condition.prompt_embeds,

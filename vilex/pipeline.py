@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilex.checkpoint import find_weights
+from vilex.checkpoint import find_weights, weights_name
 from vilex.codes import fingerprint
 from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
@@ -65,7 +65,7 @@ class VilexPipeline:
         Raises ValueError with one sentence when there are none or they do not fit.
         """
         folder = Path(find_weights(model))
-        pipeline = cls(load_t2i(folder / "t2i", text_encoder), load_vilex(folder), folder.name)
+        pipeline = cls(load_t2i(folder / "t2i", text_encoder), load_vilex(folder), weights_name(folder))
         device = pick_device(device)
         return pipeline.to(device, pick_dtype(dtype, device))
 
@@ -74,11 +74,11 @@ class VilexPipeline:
         self.vilex.save_pretrained(Path(folder))
         self.t2i.save_pretrained(Path(folder) / "t2i")
 
-    def to(self, device: str | torch.device, dtype: torch.dtype = torch.float32) -> Self:
-        """The same pipeline on a device; `dtype` is the denoiser's, everything else stays in fp32."""
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """The same pipeline on a device; `dtype` is the denoiser's, kept without it, and all else stays in fp32."""
         self.vilex.to(device)
         self.t2i.to(device)
-        torch.nn.Module.to(self.t2i.denoiser, dtype=dtype, memory_format=torch.channels_last)
+        torch.nn.Module.to(self.t2i.denoiser, dtype=dtype or self.dtype, memory_format=torch.channels_last)
         return self
 
     @property
@@ -98,7 +98,8 @@ class VilexPipeline:
     def encode(
         self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop"
     ) -> Tensor:
-        """vilex_tokens (B,N,D), float32, of one picture or several."""
+        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has."""
+        num_tokens = min(num_tokens, self.vilex.pooler.config.num_queries)
         size = self.vilex.encoder.image_size
         images = [images] if isinstance(images, Image.Image) else list(images)
         pixels = to_pixels([fit_image(image, size, fit) for image in images])  # (B,3,H,W)

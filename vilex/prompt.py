@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _SLOT = re.compile(r"<image(?::(\d+))?>|\[([A-Za-z][\w-]*)\]")
 _override_lock = threading.RLock()
@@ -95,6 +95,11 @@ def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | i
     return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
 
 
+def tokenize(tokenizer: PreTrainedTokenizerBase, words: str) -> BatchEncoding:
+    """Word pieces of a text without BOS or EOS; a "[SEP]" in it is ordinary text."""
+    return tokenizer(words, add_special_tokens=False, split_special_tokens=True)
+
+
 def count_placeholders(text: str) -> int:
     """How many times the text stands for an image by `<image>` or `<image:2>`."""
     return sum(match.group(2) is None for match in _SLOT.finditer(text))
@@ -140,7 +145,7 @@ def compose(
     """
     special = special_tokens(tokenizer)
     segments = parse(text, len(vilex_tokens), names)
-    runs = [s if isinstance(s, int) else tokenizer(s, add_special_tokens=False).input_ids for s in segments]
+    runs = [s if isinstance(s, int) else tokenize(tokenizer, s).input_ids for s in segments]
     occurrences = [runs.count(i) for i in range(len(vilex_tokens))]
     capacity = context_length - len(special.prefix) - len(special.suffix)
     if sum(occurrences) > capacity:
