@@ -25,6 +25,7 @@ from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
+from train.words import spell_captions
 from vilex.config import DEFAULT_BUDGETS, EncoderConfig
 from vilex.diffusion import load_t2i
 from vilex.encoder import build_encoder
@@ -423,6 +424,16 @@ def test_source_weights_leave_out_absent_sources_and_give_way_to_unknown_ones():
     records = [SimpleNamespace(source=source) for source in ("a", "a", "b")]
     assert source_weights(records, {"a": 0.5, "b": 0.25, "c": 0.25}).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3])
     assert source_weights(records, {"a": 1.0}) is None
+
+
+def test_tokens_learn_to_spell_the_layout(files):
+    run = build_run("vilex", files, files.data.parent / "spelling")
+    model = run.module.float()
+    frozen = snapshot(run.t2i)
+    losses = spell_captions(model, run.t2i, run.pictures, steps=40, batch_size=6, seed=0)
+    assert losses.shape == (40,)
+    assert losses[-5:].mean() < 0.8 * losses[:3].mean()
+    assert_same(frozen, snapshot(run.t2i))
 
 
 def test_ids_beyond_16_bits_survive_tabulation():

@@ -32,8 +32,8 @@ def spell_captions(
     batch_size: int,
     seed: int,
     weights: Tensor | None = None,
-) -> list[float]:
-    """Trains `model` in place; returns the loss of each step, relative to the variance of word embeddings."""
+) -> Tensor:
+    """Trains `model` in place; the loss of each step (steps,), relative to the variance of word embeddings."""
     table = embedding_module(t2i.text_encoder).weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
@@ -45,9 +45,9 @@ def spell_captions(
         optimizer.step()
         optimizer.zero_grad()
         lr_schedule.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
     log.info("spelling captions: relative error %.3f after %d steps", losses[-1], steps)
-    return losses
+    return torch.stack(losses)
 
 
 def _batches(
