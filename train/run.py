@@ -98,7 +98,9 @@ def load_data(
 def source_weights(records: Sequence[Record], shares: Mapping[str, float]) -> Tensor | None:
     """Probability of each picture (S,) by its source's share; None, all alike, if a source has no share."""
     sources = {record.source for record in records}
-    if not sources <= shares.keys():
+    if unknown := sorted(sources - shares.keys()):
+        if shares:
+            log.info("all pictures weigh alike: the preset has no share for %s", ", ".join(unknown))
         return None
     return sampling_weights(records, {source: share for source, share in shares.items() if source in sources})
 
