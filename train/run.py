@@ -98,9 +98,7 @@ def load_data(
 def source_weights(records: Sequence[Record], shares: Mapping[str, float]) -> Tensor | None:
     """Probability of each picture (S,) by its source's share; None, all alike, if a source has no share."""
     sources = {record.source for record in records}
-    if unknown := sorted(sources - shares.keys()):
-        if shares:
-            log.info("all pictures weigh alike: the preset has no share for %s", ", ".join(unknown))
+    if not sources <= shares.keys():
         return None
     return sampling_weights(records, {source: share for source, share in shares.items() if source in sources})
 
@@ -134,6 +132,8 @@ class TrainingRun(ABC):
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
         self.weights = source_weights(pictures.records, preset.source_weights)
+        if self.weights is None and preset.source_weights:
+            log.info("all pictures weigh alike: some are of sources that the preset has no share for")
         self.pictures, self.held_out = pictures.to(self.device), held_out and held_out.to(self.device)
 
     def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
