@@ -35,7 +35,7 @@ def t2i(tokenizer: PreTrainedTokenizerFast) -> TextToImage:
     """An embedded 32 px model with a 24-position context, random from a fixed seed."""
     torch.manual_seed(0)
     unet = build_unet(PRESETS["tiny"].unet, text_width=8)
-    config = T2IConfig(pixel_unshuffle=4, context_length=24, text_encoder="")
+    config = T2IConfig(pixel_unshuffle=4, position_frequencies=3, context_length=24, text_encoder="")
     return TextToImage(config, tokenizer, build_bert(len(tokenizer)), unet, build_noise_scheduler())
 
 

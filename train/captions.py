@@ -20,7 +20,7 @@ from train.subjects import Chance, pick, plain_caption, subject_words, with_arti
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 LAYOUT_SHARE = 0.75  # captions that say where the colours are
-GRIDS = {3: 0.35, 4: 0.20, 6: 0.20, 8: 0.25}  # share of each number of cells per side among those
+GRIDS = {3: 0.30, 4: 0.15, 6: 0.10, 8: 0.45}  # share of each number of cells per side among those
 FINE_GRID = 6  # from here on a caption says nothing else about colour
 SUBJECT_CHARS = 160  # keeps captions within 120 word pieces; beside a fine grid there is room for half
 POSITIONS = (

@@ -21,6 +21,7 @@ class UNetConfig(Config):
     attention: tuple[bool, ...]  # cross-attention to the prompt, per resolution
     pixel_unshuffle: int = setting(4, 1, 16)
     image_size: int = setting(64, 8, 1024, "pixels")
+    position_frequencies: int = setting(3, 0, 8, "waves per axis that tell the denoiser where it is")
     layers_per_block: int = setting(1, 1, 4)
     heads: int = setting(4, 1, 32, "attention heads, at every resolution")
     norm_num_groups: int = setting(8, 1, 64)
@@ -162,7 +163,7 @@ def build_unet(config: UNetConfig, text_width: int) -> UNet2DConditionModel:
     channels = 3 * config.pixel_unshuffle**2
     return UNet2DConditionModel(
         sample_size=config.image_size // config.pixel_unshuffle,
-        in_channels=channels,
+        in_channels=channels + 4 * config.position_frequencies,
         out_channels=channels,
         block_out_channels=config.widths,
         down_block_types=down,

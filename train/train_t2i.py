@@ -56,7 +56,11 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
     """
     if init_from is not None:
         return _load_model(preset, text_encoder, init_from)
-    config = T2IConfig(pixel_unshuffle=preset.unet.pixel_unshuffle, context_length=preset.context_length)
+    config = T2IConfig(
+        pixel_unshuffle=preset.unet.pixel_unshuffle,
+        position_frequencies=preset.unet.position_frequencies,
+        context_length=preset.context_length,
+    )
     tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
     torch.manual_seed(seed)
     denoiser = build_unet(preset.unet, encoder.config.hidden_size)

@@ -166,5 +166,6 @@ class T2IConfig(Config):
     """What the embedded pixel-space model needs beside its U-Net's and scheduler's own JSON."""
 
     pixel_unshuffle: int = setting(1, 1, 16, "pixels per side folded into channels")
+    position_frequencies: int = setting(0, 0, 8, "waves per axis that tell the denoiser where it is")
     context_length: int = setting(128, 8, 512, "positions every prompt is padded to")
     text_encoder: str = MINILM_ID

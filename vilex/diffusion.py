@@ -74,7 +74,15 @@ class TextToImage(nn.Module):
         super().__init__()
         self.config, self.tokenizer, self.scheduler = config, tokenizer, scheduler
         self.text_encoder, self.denoiser, self.vae = text_encoder, denoiser, vae
+        self._check_channels()
+        self.register_buffer("positions", position_maps(config.position_frequencies, self.latent_shape[1]), False)
         self.requires_grad_(False).eval()
+
+    def _check_channels(self) -> None:
+        unet = self.denoiser.config
+        expected = unet.out_channels + 4 * self.config.position_frequencies
+        if unet.in_channels != expected:
+            raise ValueError(f"the denoiser takes {unet.in_channels} channels, its settings make {expected}")
 
     @property
     def embedded(self) -> bool:
@@ -90,7 +98,7 @@ class TextToImage(nn.Module):
     def latent_shape(self) -> tuple[int, int, int]:
         """C, h, w of the space the denoiser works in."""
         unet = self.denoiser.config
-        return unet.in_channels, unet.sample_size, unet.sample_size
+        return unet.out_channels, unet.sample_size, unet.sample_size
 
     @property
     def image_size(self) -> int:
@@ -116,8 +124,9 @@ class TextToImage(nn.Module):
         `denoiser` stands for the model's own when that is wrapped or compiled.
         """
         network = self.denoiser if denoiser is None else denoiser
+        positions = self.positions.to(noisy_latents).expand(len(noisy_latents), -1, -1, -1)
         return network(
-            noisy_latents,
+            torch.cat([noisy_latents, positions], 1),
             timesteps,
             encoder_hidden_states=condition.prompt_embeds,
             class_labels=condition.pooled,
@@ -168,6 +177,19 @@ def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
     """Mean over the positions that the mask (B,L) keeps: (B,L,D) -> (B,D)."""
     weights = mask[..., None].to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1)
+
+
+def position_maps(frequencies: int, size: int) -> Tensor:
+    """Cosines and sines of pi 2**k u for the cell centres' x and y, u in [0,1]: (1,4*frequencies,size,size).
+
+    A convolution over pure noise does not know where it is, so without them words for places are learnt slowly.
+    Source: Liu et al. 2018 (CoordConv).
+    """
+    centres = (torch.arange(size) + 0.5) / size
+    angles = torch.pi * 2.0 ** torch.arange(frequencies)[:, None] * centres  # (frequencies,size)
+    waves = torch.cat([angles.cos(), angles.sin()])[:, None]  # (2*frequencies,1,size)
+    across = waves.expand(-1, size, -1)  # (2*frequencies,size,size)
+    return torch.cat([across, across.mT])[None]
 
 
 def build_noise_scheduler(**changes: object) -> DDPMScheduler:
