@@ -36,7 +36,7 @@ class Bench:
     @property
     def conditions(self) -> Conditions:
         tokens = self.pipeline.encode(self.image)[0]
-        return self.pipeline._conditions("", [tokens], self.config, ())
+        return self.pipeline.conditions("", [tokens], self.config)
 
     def seconds(self, *actions: Callable[[], object]) -> list[float]:
         """Median wall time of each action, one after another in turn, so that all meet the same machine."""

@@ -90,9 +90,9 @@ def test_names_and_numbers_choose_pictures(pipeline, picture, other):
 def test_the_image_branch_has_the_joint_branchs_tokens_and_no_words(pipeline, picture):
     tokens = pipeline.encode(picture)[0]
     text = "red green blue " * 5
-    conditions = pipeline._conditions(text, [tokens], GenerationConfig(), ())
+    conditions = pipeline.conditions(text, [tokens], GenerationConfig())
     kept = pipeline.compose(text, [tokens]).kept[0]
-    alone = pipeline._conditions("", [tokens[:kept]], GenerationConfig(), ())
+    alone = pipeline.conditions("", [tokens[:kept]], GenerationConfig())
     assert kept < 75
     assert torch.equal(conditions.image.prompt_embeds, alone.image.prompt_embeds)
     assert alone.joint is None

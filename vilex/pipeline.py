@@ -135,7 +135,7 @@ class VilexPipeline:
         """Denoising step by step; closing the iterator stops within one step, `decode` turns a Step into pictures."""
         config = config or GenerationConfig()
         words = [self._tokens(word, config.num_tokens, fit) for word in images]
-        conditions = self._conditions(prompt, words, config, names)
+        conditions = self.conditions(prompt, words, config, names)
         return sample_steps(self.t2i, conditions, config)
 
     def generate(
@@ -203,8 +203,8 @@ class VilexPipeline:
             return word[:num_tokens].to(self.device)
         return self.encode(word, num_tokens, fit)[0]
 
-    def _conditions(
-        self, prompt: str, words: Sequence[Tensor], config: GenerationConfig, names: Sequence[str]
+    def conditions(
+        self, prompt: str, words: Sequence[Tensor], config: GenerationConfig, names: Sequence[str] = ()
     ) -> Conditions:
         """The branches of guidance: nothing or the negative prompt; images alone; images and words."""
         joint = self.compose(prompt, words, config.num_tokens, names)
