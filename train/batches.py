@@ -35,6 +35,10 @@ class CaptionTable:
             ids = ids[:, : -(-int(lengths.max()) // 8) * 8]
         return ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
 
+    def by_length(self, indices: Tensor, variant: Tensor, groups: int) -> tuple[Tensor, ...]:
+        """Positions int64 of the rows, shortest texts first, in that many groups of nearly equal size."""
+        return self.lengths[indices, variant].argsort().chunk(groups)
+
     def prompt(self, indices: Tensor, variant: Tensor, trim: bool) -> ComposedPrompt:
         """Prompts of words alone, (B,L)."""
         ids, mask = self.rows(indices, variant, trim)

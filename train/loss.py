@@ -1,5 +1,6 @@
 """The diffusion loss of both trainers, and the noise it is measured with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,11 @@ class Noise:
         """The noise of some of the batch's pictures."""
         return Noise(self.values[share], self.timesteps[share])
 
+    @staticmethod
+    def concatenate(draws: Sequence["Noise"]) -> "Noise":
+        """Several draws as one, in order."""
+        return Noise(torch.cat([d.values for d in draws]), torch.cat([d.timesteps for d in draws]))
+
 
 def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator) -> Noise:
     """Standard normal noise at uniform timesteps, on the generator's device."""
@@ -38,7 +44,13 @@ def diffusion_loss(
     noise: Noise,
     snr_gamma: float = 0.0,
 ) -> Tensor:
-    """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped."""
+    """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped.
+
+    latents (B,C,h,w) and their condition serve each draw when the noise holds several, one after the other.
+    """
+    draws = len(noise.timesteps) // len(latents)
+    latents = latents.repeat(draws, 1, 1, 1)
+    condition = Conditioning.concatenate([condition] * draws)
     noisy_latents = t2i.scheduler.add_noise(latents, noise.values, noise.timesteps)
     prediction = t2i.denoise(noisy_latents, noise.timesteps, condition, denoiser)
     target = t2i.target(latents, noise.values, noise.timesteps)

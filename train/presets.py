@@ -57,6 +57,7 @@ class TrainConfig(Config):
     snr_gamma: float = setting(0.0, 0, 100, "min-SNR weighting; 0 = off")
     ema_power: float = setting(0.75, 0.1, 1, "the EMA's decay is 1 - (1 + step) ** -ema_power")
     caption_variants: int = setting(4, 1, 64, "train_t2i: captions written per picture")
+    noise_draws: int = setting(1, 1, 64, "noises per picture and step; its prompt is encoded once")
     empty_fraction: float = setting(0.1, 0, 1, "train_t2i: captions left empty, for guidance")
     joint_fraction: float = setting(0.5, 0, 1, "train_vilex: batches with words beside the image")
     seed: int = setting(0, 0, 2**32 - 1)
@@ -116,7 +117,13 @@ PRESETS = {
         encoder=EncoderConfig(width=192, layers=5, heads=6, patch_size=8),
         pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
         t2i=TrainConfig(
-            batch_size=32, max_steps=1900, learning_rate=5e-4, warmup_steps=100, caption_variants=2, save_every=250
+            batch_size=32,
+            noise_draws=2,
+            max_steps=4000,
+            learning_rate=7e-4,
+            warmup_steps=100,
+            caption_variants=2,
+            save_every=250,
         ),
         vilex=TrainConfig(
             batch_size=32,

@@ -178,7 +178,8 @@ class TrainingRun(ABC):
         batch = draw_batch(self.pictures, self.captions.variants, self.config, self.weights, global_step, share)
         generator = step_generator(self.config.seed, global_step, _NOISE_STREAM, self.device)
         # drawn for the whole step, so that a run does not depend on how its batches are split
-        noise = draw_noise(self.t2i, self.config.batch_size, generator).rows(share)
+        draws = [draw_noise(self.t2i, self.config.batch_size, generator) for _ in range(self.config.noise_draws)]
+        noise = Noise.concatenate([draw.rows(share) for draw in draws])
         with self.accelerator.autocast():
             return self.batch_loss(batch, noise, global_step)
 

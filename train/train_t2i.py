@@ -29,6 +29,7 @@ from vilex.minilm import load_text_encoder
 from vilex.prompt import compose
 from vilex.sampling import Conditions, sample
 
+_LENGTH_GROUPS = 4  # of a batch's captions
 GRID_PROMPTS = (
     "a photo of a goldfish. orange and dark green",
     "a photo of a beach. top left light blue, top light blue, top right light blue, bottom beige",
@@ -132,10 +133,20 @@ class T2IRun(TrainingRun):
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions."""
-        with torch.no_grad():
-            condition = self.t2i.encode_prompt(self.captions.prompt(batch.indices, batch.variant, self.trim))
+        condition = self._condition(batch)
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
         return diffusion_loss(self.t2i, self.model, latents, condition, noise, self.config.snr_gamma)
+
+    @torch.no_grad()
+    def _condition(self, batch: Batch) -> Conditioning:
+        """What the denoiser reads of the captions; where prompts are trimmed, texts of like length go together."""
+        groups = self.captions.by_length(batch.indices, batch.variant, _LENGTH_GROUPS if self.trim else 1)
+        encoded = [
+            self.t2i.encode_prompt(self.captions.prompt(batch.indices[rows], batch.variant[rows], self.trim))
+            for rows in groups
+        ]
+        longest = max(condition.prompt_embeds.shape[1] for condition in encoded)
+        return Conditioning.concatenate([c.padded(longest) for c in encoded]).rows(torch.cat(groups).argsort())
 
     def sample(self) -> dict[str, float]:
         """A grid of fixed prompts, and the validation loss."""

@@ -44,6 +44,15 @@ class Conditioning:
         """The same condition for every picture of a batch; B must be 1."""
         return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in self._tensors().items()})
 
+    def rows(self, indices: Tensor) -> Self:
+        """The conditions at these positions of the batch."""
+        return replace(self, **{k: v[indices] for k, v in self._tensors().items()})
+
+    def padded(self, length: int) -> Self:
+        """Zeros that the mask hides, up to `length` positions."""
+        more = length - self.prompt_embeds.shape[1]
+        return replace(self, prompt_embeds=F.pad(self.prompt_embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Moved or cast; the mask stays boolean."""
         moved = {k: v.to(device) if k == "mask" else v.to(device, dtype) for k, v in self._tensors().items()}
