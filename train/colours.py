@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vilex.words import to_lab
+
 # sRGB of each word, 0..255
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (252, 252, 252),
@@ -46,23 +48,6 @@ SHORT_COLOURS: dict[str, tuple[int, int, int]] = {
 }
 
 CELL_CHROMA_GAIN = 1.3  # a mean over a cell is grayer than what one sees there
-
-_D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
-_SRGB_TO_XYZ = np.array(
-    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
-    np.float32,
-)
-
-
-def to_lab(colours: np.ndarray) -> np.ndarray:
-    """CIELAB (D65), float32 (..., 3), of sRGB colours 0..255. Source: CIE 1976, IEC 61966-2-1."""
-    srgb = np.asarray(colours, np.float32) / 255
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    # einsum, not @: BLAS threads of many worker processes would fight for the cores
-    xyz = np.einsum("...c,xc->...x", linear, _SRGB_TO_XYZ) / _D65
-    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
-    x, y, z = f[..., 0], f[..., 1], f[..., 2]
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
 def nearest_colours(

@@ -28,6 +28,12 @@ class Range:
     help: str = ""
 
 
+def check_range(name: str, value: Any, bounds: Range) -> None:
+    """Raises ValueError, with name and rule, unless `value` is a finite number within the bounds."""
+    if problem := _outside(name, value, bounds):
+        raise ValueError(problem)
+
+
 def setting(default: Any, minimum: float, maximum: float, help: str = "") -> Any:
     """A dataclass field with a range."""
     return field(default=default, metadata={"range": Range(minimum, maximum, help)})
@@ -36,6 +42,11 @@ def setting(default: Any, minimum: float, maximum: float, help: str = "") -> Any
 def range_of(config_class: type, name: str) -> Range:
     """The declared range of a field of a config class."""
     return config_class.__dataclass_fields__[name].metadata["range"]
+
+
+WEIGHT_RANGE = Range(0.0, 2.0, "how much a picture says: 0 is the average word, 1 the picture as it is")
+SHARE_RANGE = Range(0.0, 1.0, "share of the second picture")
+CUT_RANGE = Range(0, MAX_TOKENS, "tokens of the first picture; the rest are the second's")
 
 
 class Config:
@@ -80,12 +91,16 @@ def _problem(f: dataclasses.Field, value: Any) -> str | None:
     bounds: Range | None = f.metadata.get("range")
     if bounds is None:
         return f"{f.name} must be text, got {value!r}" if f.type is str and not isinstance(value, str) else None
+    if problem := _outside(f.name, value, bounds):
+        return problem
+    return f"{f.name} must be a whole number, got {value!r}" if _is_whole(f) and value != int(value) else None
+
+
+def _outside(name: str, value: Any, bounds: Range) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return f"{f.name} must be a number, got {value!r}"
-    if _is_whole(f) and value != int(value):
-        return f"{f.name} must be a whole number, got {value!r}"
+        return f"{name} must be a number, got {value!r}"
     if not bounds.minimum <= value <= bounds.maximum:
-        return f"{f.name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r}"
+        return f"{name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r}"
     return None
 
 

@@ -1,0 +1,259 @@
+"""Arithmetic on ViLex tokens keeps its promises for any tokens, and hints name words that are there."""
+
+import math
+
+import pytest
+import torch
+from builders import build_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from vilex import words
+from vilex.images import fit_image, load_image
+from vilex.words import (
+    Neighbour,
+    blend,
+    graft,
+    likeness,
+    nearest_words,
+    ordinary_words,
+    shift,
+    similar,
+    weigh,
+    without,
+    word_distance,
+)
+
+WIDTH = 7
+shares = st.floats(0, 1)
+counts = st.integers(1, 9)
+seeds = st.integers(0, 10**6)
+
+
+def tokens_of(count: int, seed: int) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
+
+
+@given(counts, counts, shares, seeds)
+def test_a_blend_seen_from_the_other_side_is_the_same(n, m, share, seed):
+    first, second = tokens_of(n, seed), tokens_of(m, seed + 1)
+    close(blend(first, second, share), blend(second, first, 1 - share))
+
+
+@given(counts, counts, seeds)
+def test_a_blend_ends_exactly_at_its_pictures(n, m, seed):
+    first, second = tokens_of(n, seed), tokens_of(m, seed + 1)
+    assert torch.equal(blend(first, second, 0), first) and torch.equal(blend(first, second, 1), second)
+
+
+@given(counts, shares, seeds)
+def test_norms_of_a_blend_change_evenly_and_directions_turn_evenly(n, share, seed):
+    first, second = tokens_of(n, seed), tokens_of(n, seed + 1)
+    mixed = blend(first, second, share)
+    close(mixed.norm(dim=1), first.norm(dim=1) * (1 - share) + second.norm(dim=1) * share)
+    whole = torch.arccos(torch.cosine_similarity(first, second))
+    turned = torch.arccos(torch.cosine_similarity(first, mixed).clamp(-1, 1))
+    torch.testing.assert_close(turned, share * whole, rtol=0, atol=1e-6)
+
+
+def test_a_right_angle_is_halved():
+    first, second = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 4.0, 0.0]])
+    torch.testing.assert_close(blend(first, second, 0.5), torch.tensor([[1.0, 1.0, 0.0]]) * 3 / math.sqrt(2))
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.0, 3), (0.4, 3), (0.5, 8), (0.6, 8), (1.0, 8)])
+def test_tokens_of_the_longer_picture_alone_are_there_in_its_half(share, length):
+    short, long = tokens_of(3, 1), tokens_of(8, 2)
+    for mixed in (blend(short, long, share), blend(long, short, 1 - share)):
+        assert len(mixed) == length and torch.equal(mixed[3:], long[3:length])
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, -1.0, 0.0])
+def test_a_blend_of_parallel_opposite_and_empty_vectors_is_finite(factor):
+    first = tokens_of(4, 3)
+    mixed = blend(first, factor * first, 0.25)
+    assert mixed.isfinite().all()
+    if factor > 0:
+        close(mixed, first * (0.75 + 0.25 * factor))
+
+
+@given(counts, counts, st.integers(0, 75), seeds)
+def test_a_graft_takes_each_token_from_one_picture(n, m, cut, seed):
+    first, second = tokens_of(n, seed), tokens_of(m, seed + 1)
+    grafted = graft(first, second, cut)
+    head = min(cut, n)
+    assert torch.equal(grafted[:head], first[:head]) and torch.equal(grafted[head:], second[cut:])
+    assert len(grafted) == head + max(0, m - cut) > 0
+
+
+@given(counts, st.floats(0, 2), seeds)
+def test_weights_move_tokens_on_a_line_through_the_average_word(n, weight, seed):
+    tokens, mean = tokens_of(n, seed), tokens_of(1, seed + 1)[0]
+    weighed = weigh(tokens, weight, mean)
+    close(weighed - mean, weight * (tokens - mean))
+    assert torch.equal(weigh(tokens, 1, mean), tokens) and torch.equal(weigh(tokens, 0, mean), mean.expand(n, -1))
+
+
+@given(st.integers(2, 9), st.data())
+def test_one_token_can_be_left_out(n, data):
+    tokens, index = tokens_of(n, 5), data.draw(st.integers(0, n - 1))
+    rest = without(tokens, index)
+    assert rest.shape == (n - 1, WIDTH)
+    assert torch.equal(torch.cat([rest[:index], tokens[index : index + 1], rest[index:]]), tokens)
+
+
+@given(counts, st.floats(-3, 3), seeds)
+def test_word_algebra_can_be_undone(n, strength, seed):
+    tokens, snow, sand = tokens_of(n, seed), tokens_of(2, seed + 1), tokens_of(3, seed + 2)
+    moved = shift(tokens, snow, sand, strength)
+    close(moved - tokens, (strength * (sand.mean(0) - snow.mean(0))).expand(n, -1))
+    close(shift(moved, sand, snow, strength), tokens)
+    assert torch.equal(shift(tokens, None, None), tokens)
+    close(shift(tokens, None, sand), tokens + sand.mean(0))
+
+
+BAD = {
+    "share below": (lambda: blend(tokens_of(1, 0), tokens_of(1, 0), -0.1), "share must be between 0 and 1, got -0.1"),
+    "share nan": (lambda: blend(tokens_of(1, 0), tokens_of(1, 0), math.nan), "share must be a number, got nan"),
+    "cut": (lambda: graft(tokens_of(1, 0), tokens_of(1, 0), 76), "cut must be between 0 and 75, got 76"),
+    "half a cut": (lambda: graft(tokens_of(1, 0), tokens_of(1, 0), 1.5), "cut must be a whole number, got 1.5"),
+    "weight": (lambda: weigh(tokens_of(1, 0), 2.1, torch.zeros(WIDTH)), "weight must be between 0 and 2, got 2.1"),
+    "weight text": (lambda: weigh(tokens_of(1, 0), "1", torch.zeros(WIDTH)), "weight must be a number, got '1'"),
+    "only token": (lambda: without(tokens_of(1, 0), 0), "cannot leave out token 1 of 1"),
+    "no such token": (lambda: without(tokens_of(3, 0), 3), "cannot leave out token 4 of 3"),
+    "strength": (lambda: shift(tokens_of(1, 0), None, None, math.inf), "strength must be a finite number, got inf"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_what_cannot_be_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizer = build_tokenizer("bert")
+    tokenizer.add_tokens(["[unused12]", "##ing"])
+    return tokenizer
+
+
+@pytest.fixture
+def table(tokenizer) -> Tensor:
+    """Word embeddings that share one large part, with two rows more than there are words."""
+    return tokens_of(len(tokenizer) + 2, 8).float() + 5
+
+
+def test_special_and_unused_pieces_are_no_words(tokenizer, table):
+    names = tokenizer.convert_ids_to_tokens(ordinary_words(tokenizer, len(table)).tolist())
+    assert {"dog", "##ing", "."} <= set(names)
+    assert not {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[unused12]", None} & set(names)
+    assert len(names) == len(tokenizer) - 5
+
+
+def test_a_words_embedding_is_nearest_to_that_word_whatever_its_length(tokenizer, table):
+    ids = tokenizer.convert_tokens_to_ids(["dog", "red", "##ing"])
+    found = nearest_words(table.mean(0) + 3 * (table[ids] - table.mean(0)), table, tokenizer, 4)
+    assert [row[0] for row in found] == [Neighbour("dog", 1.0), Neighbour("red", 1.0), Neighbour("##ing", 1.0)]
+    for row in found:
+        similarities = [neighbour.similarity for neighbour in row]
+        assert len(row) == 4 and similarities == sorted(similarities, reverse=True) and similarities[1] < 0.99
+
+
+def test_special_tokens_are_never_neighbours_and_no_more_words_than_there_are(tokenizer, table):
+    [row] = nearest_words(table[tokenizer.cls_token_id][None], table, tokenizer, 10**6)
+    assert len(row) == len(tokenizer) - 5 and row[0].similarity < 1
+
+
+def test_word_distance_counts_in_steps_from_word_to_word(tokenizer):
+    table = 100 + 3.0 * torch.arange(len(tokenizer))[:, None] * torch.eye(1, WIDTH)  # words 3 apart on a line
+    dog = table[tokenizer.convert_tokens_to_ids("dog")]
+    tokens = torch.stack([dog, dog + _along(1, 6)])
+    torch.testing.assert_close(word_distance(tokens, table, tokenizer), torch.tensor([0.0, 2.0]), atol=1e-3, rtol=0)
+
+
+def _along(axis: int, length: float) -> Tensor:
+    return length * torch.eye(WIDTH)[axis]
+
+
+@pytest.mark.parametrize(("chunk", "sampled"), [(1, 9), (2, 512), (512, 512)])
+def test_word_distance_does_not_depend_on_its_chunks(tokenizer, table, monkeypatch, chunk, sampled):
+    ids = ordinary_words(tokenizer, len(table))
+    tokens = tokens_of(5, 9).float() + 5
+    own = torch.cdist(table[ids], table[ids]).fill_diagonal_(torch.inf).amin(1)
+    own = own[torch.linspace(0, len(ids) - 1, min(sampled, len(ids))).long()]
+    expected = torch.cdist(tokens, table[ids]).amin(1) / own.median()
+    monkeypatch.setattr(words, "_CHUNK", chunk)
+    monkeypatch.setattr(words, "_SAMPLED_WORDS", sampled)
+    torch.testing.assert_close(word_distance(tokens, table, tokenizer), expected)
+
+
+@given(st.lists(counts, max_size=30), counts, seeds)
+def test_similar_orders_everything_and_finds_the_picture_itself(lengths, n, seed):
+    query = tokens_of(n, seed)
+    stored = [tokens_of(length, seed + 1 + i) for i, length in enumerate(lengths)]
+    assert sorted(similar(query, stored)) == list(range(len(stored)))
+    assert similar(query, [*stored, query + 1e-3])[0] == len(stored)
+
+
+def test_the_best_by_token_1_are_ranked_by_sixteen():
+    query = torch.zeros(20, WIDTH)
+    far, near = query.clone(), query.clone()
+    near[0], far[1:], far[16:] = 0.1, 1.0, 0.0
+    late = query.clone()
+    late[0], late[16:] = 0.2, 100.0  # beyond the sixteenth nothing counts
+    crowd = [query + 0.5 for _ in range(19)]
+    assert similar(query, [far, near, late]) == [1, 2, 0]
+    beyond = query.clone()
+    beyond[0] = 0.6  # the first sixteen are near on the whole, but token 1 is not among the best twenty
+    assert similar(query, [*crowd, near, beyond])[-1] == 20
+
+
+@pytest.fixture(scope="module")
+def examples(request) -> dict[str, Image.Image]:
+    folder = request.config.rootpath / "assets" / "examples"
+    return {path.stem: fit_image(load_image(path), 64) for path in sorted(folder.glob("*.[jp][pn]g"))}
+
+
+def test_likeness_is_100_for_equal_pictures_and_low_for_others(examples):
+    assert len(examples) >= 5
+    for name, image in examples.items():
+        assert likeness(image, image) == 100
+        for other, second in examples.items():
+            if name < other:
+                assert 0 <= likeness(image, second) < 30
+                assert likeness(image, second) == pytest.approx(likeness(second, image))
+
+
+def test_likeness_falls_as_a_picture_changes_and_sees_layout(examples):
+    image = examples["rocket"]
+    darker = [likeness(image, ImageEnhance.Brightness(image).enhance(factor)) for factor in (0.9, 0.7, 0.4)]
+    assert 100 > darker[0] > darker[1] > darker[2] > 0
+    assert likeness(image, ImageOps.flip(image)) < 60
+    assert likeness(image, image.resize((256, 256))) > 95
+
+
+def test_likeness_halves_with_14_units_of_lightness():
+    grey = [Image.new("RGB", (16, 16), (level,) * 3) for level in (119, 119 + 36)]  # L* 50.0 and 64.0
+    assert likeness(*grey) == pytest.approx(50, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("colour", "lab"),
+    [
+        ((255, 255, 255), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        ((255, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 0, 255), (32.30, 79.19, -107.86)),
+    ],
+)
+def test_cielab_of_known_colours(colour, lab):
+    torch.testing.assert_close(
+        torch.from_numpy(words.to_lab(colour)).double(), torch.tensor(lab).double(), atol=0.05, rtol=0
+    )
