@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections import Counter
 
@@ -33,14 +34,22 @@ def encode(image: Image.Image, suffix: str = "webp") -> bytes:
 
 
 def halves(alpha: int = 255) -> Image.Image:
-    """Green left half; the right half is red with the given alpha, 8 high and 12 wide."""
-    pixels = np.zeros((8, 12, 4), np.uint8)
-    pixels[:, :6], pixels[:, 6:] = (*GREEN, 255), (*RED, alpha)
+    """Green left half; the right half is red with the given alpha, 16 high and 24 wide."""
+    pixels = np.zeros((16, 24, 4), np.uint8)
+    pixels[:, :12], pixels[:, 12:] = (*GREEN, 255), (*RED, alpha)
     return Image.fromarray(pixels)
 
 
 def write_table(path, rows: list[dict]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_shard(path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as shard:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture
@@ -64,8 +73,8 @@ def test_table_rows_become_records_and_square_pixels(table):
 
 
 def test_wide_picture_is_cropped_at_the_centre_not_squashed(tmp_path):
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, :10], wide[:, 20:] = GREEN, RED
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20], wide[:, 40:] = GREEN, RED
     Image.fromarray(wide).save(tmp_path / "wide.png")
     assert load_pictures(tmp_path, image_size=5).pixels.max() < 40  # the filter sees a little of the sides
 
@@ -130,15 +139,11 @@ def test_picture_turned_by_exif_is_loaded_upright(tmp_path):
 
 
 def test_shard_pairs_pictures_with_text_and_json(tmp_path):
-    with tarfile.open(tmp_path / "s.tar", "w") as shard:
-        for name, data in (
-            ("1.webp", encode(halves())), ("1.txt", b"a wall"),
-            ("2.png", encode(halves(), "png")), ("2.json", b'{"label": "wall", "source": "walls"}'),
-            ("3.txt", b"no picture"),
-        ):  # fmt: skip
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
+    write_shard(tmp_path / "s.tar", {
+        "1.webp": encode(halves()), "1.txt": b"a wall",
+        "2.png": encode(halves(), "png"), "2.json": b'{"label": "wall", "source": "walls"}',
+        "3.txt": b"no picture",
+    })  # fmt: skip
     assert load_pictures(tmp_path, image_size=4).records == [
         Record("s.tar:1", "s", ("a wall",)), Record("s.tar:2", "walls", label="wall"),
     ]  # fmt: skip
@@ -156,6 +161,71 @@ def test_hub_data_set_gives_label_names(monkeypatch):
     assert pictures.pixels.shape == (2, 3, 6, 6)
     assert pictures.records[0] == Record("some/animals:0", "some/animals", ("white",), "polar bear")
     assert pictures.records[1].label == "cat" and pictures.records[1].captions == ()
+
+
+def test_a_picture_of_the_asked_size_keeps_its_levels(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (17, 17, 3), np.uint8)
+    write_table(tmp_path / "own.parquet", [{"image": encode(Image.fromarray(levels))}])
+    assert torch.equal(load_pictures(tmp_path, image_size=17).pixels[0], torch.from_numpy(levels).permute(2, 0, 1))
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((20, 20), 30_000, np.uint16)).save(tmp_path / "a.png")
+    assert load_pictures(tmp_path, image_size=4).pixels.unique().tolist() == [round(30_000 / 257)]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "avif", "bmp", "gif"])
+def test_every_format_that_the_app_reads_is_found_in_folders_and_shards(suffix, tmp_path):
+    write_shard(
+        tmp_path / "s.tar", {f"1.{suffix}": encode(halves().convert("RGB"), {"tif": "tiff"}.get(suffix, suffix))}
+    )
+    halves().convert("RGB").save(tmp_path / f"a.{suffix}")
+    for source in (tmp_path / "s.tar", tmp_path / f"a.{suffix}"):
+        pixels = load_pictures(source, image_size=8).pixels
+        torch.testing.assert_close(pixels[0, :, 4, 0].int(), torch.tensor(GREEN).int(), atol=12, rtol=0)
+
+
+def bad_folder(tmp_path):
+    (tmp_path / "inner").mkdir()
+    halves().save(tmp_path / "good.png")
+    (tmp_path / "inner" / "bad.png").write_bytes(b"not a picture")
+    (tmp_path / ".hidden.png").write_bytes(b"what some systems leave beside a picture")
+    return tmp_path, "left out: inner/bad.png is not a readable picture"
+
+
+def bad_heic(tmp_path):
+    halves().save(tmp_path / "good.png")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    return tmp_path, "left out: phone.heic is "  # a sentence about HEIC or, with pillow-heif, about broken data
+
+
+def bad_shard(tmp_path):
+    write_shard(tmp_path / "s.tar", {"1.png": encode(halves(), "png")[:60], "2.png": encode(halves(), "png")})
+    return tmp_path / "s.tar", "left out: s.tar:1 is not a readable picture"
+
+
+def bad_table(tmp_path):
+    tiny = encode(halves().resize((9, 7)))
+    write_table(tmp_path / "t.parquet", [{"image": image} for image in (encode(halves()), tiny, None)])
+    return tmp_path / "t.parquet", "left out: t.parquet:1 is too small: 9x7 pixels.*left out: t.parquet:2 .* empty"
+
+
+@pytest.mark.parametrize("make", [bad_folder, bad_heic, bad_shard, bad_table])
+def test_a_bad_file_is_named_and_left_out(make, tmp_path, caplog):
+    source, message = make(tmp_path)
+    pictures = load_pictures(source, image_size=16)
+    assert len(pictures) == len(pictures.pixels) == len(pictures.alpha_rows) == 1
+    assert pictures.pixels[0, :, 9, 2].tolist() == list(GREEN)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert re.search(message, said), said
+    assert "hidden" not in said
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="no pictures found in .*: a.jpg is not a readable picture: it is empty"):
+        load_pictures(tmp_path, image_size=4)
 
 
 def test_mistakes_are_named(tmp_path):

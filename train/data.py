@@ -4,51 +4,28 @@ S stands for the number of pictures loaded.
 """
 
 import dataclasses
-import glob
 import hashlib
-import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from io import BytesIO
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-CAPTION_COLUMNS = ("captions", "caption", "text")
+from train.sources import Entry, Record, read_entries
+from vilex.images import decode_image
+
+log = logging.getLogger(__name__)
 WHITE_SHARE = 0.5  # of the backgrounds of cut-out pictures; the rest are plain random colours
-_CHUNK = 2048  # pictures decoded together: bounds the encoded bytes held in memory
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is known in words about one picture; `key` is stable across runs, such as 'file.parquet:12'."""
-
-    key: str
-    source: str
-    captions: tuple[str, ...] = ()
-    label: str = ""
-    keywords: tuple[str, ...] = ()
-    style: str = ""
-    artist: str = ""
-    genre: str = ""
-    title: str = ""
-    year: int | None = None
-    bbox: tuple[int, ...] = ()
-
-
-class _Entry(NamedTuple):
-    record: Record
-    data: bytes | Path
+_CHUNK = 2048  # pictures decoded together: bounds the files held in memory
 
 
 @dataclass(frozen=True)
@@ -101,29 +78,32 @@ def load_pictures(
 
     `source` is one or a list of: Parquet tables, .tar shards (WebDataset), folders of pictures, folders of
     tables or shards, globs, or `hub:<name>`. With `sources`, only pictures of sources with a share above 0
-    are loaded.
+    are loaded. Pictures that cannot be read are named in the log and left out.
 
-    Raises: ValueError when nothing is found, or a picture cannot be read.
+    Raises: ValueError when nothing is found or nothing of it can be read.
     """
-    entries: Iterator[_Entry] = (entry for part in _parts(source) for entry in _read(part))
+    entries = read_entries(source)
     if sources is not None:
         wanted = {name for name, share in sources.items() if share > 0}
         entries = (entry for entry in entries if entry.record.source in wanted)
     return _collect(islice(entries, limit), image_size, source)
 
 
-def _collect(entries: Iterator[_Entry], image_size: int, source: Any) -> Pictures:
-    records, pixels, alphas = [], [], []
+def _collect(entries: Iterator[Entry], image_size: int, source: Any) -> Pictures:
+    records, colours, alphas, broken = [], [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         while chunk := list(islice(entries, _CHUNK)):
-            decoded = np.stack(list(threads.map(partial(_decode, image_size=image_size), chunk)))  # (n,4,H,W)
-            records += [entry.record for entry in chunk]
-            pixels.append(torch.from_numpy(decoded[:, :3].copy()))
-            alphas.append([alpha if alpha.min() < 255 else None for alpha in decoded[:, 3:].copy()])
+            for entry, decoded in zip(chunk, threads.map(partial(_decode, image_size=image_size), chunk), strict=True):
+                if isinstance(decoded, ValueError):
+                    log.warning("left out: %s", decoded)
+                    broken.append(str(decoded))
+                else:
+                    records.append(entry.record)
+                    colours.append(decoded[:3].copy())
+                    alphas.append(decoded[3:].copy() if decoded[3].min() < 255 else None)
     if not records:
-        raise ValueError(f"no pictures found in {source!r}")
-    alpha, alpha_rows = _stack_alpha([row for rows in alphas for row in rows], image_size)
-    return Pictures(torch.cat(pixels), records, alpha, alpha_rows)
+        raise ValueError(f"no pictures found in {source!r}" + (f": {broken[0]}" if broken else ""))
+    return Pictures(torch.from_numpy(np.stack(colours)), records, *_stack_alpha(alphas, image_size))
 
 
 def _stack_alpha(rows: list[np.ndarray | None], image_size: int) -> tuple[Tensor, Tensor]:
@@ -133,137 +113,15 @@ def _stack_alpha(rows: list[np.ndarray | None], image_size: int) -> tuple[Tensor
     return torch.from_numpy(stacked), torch.from_numpy(np.cumsum(is_cut_out) * is_cut_out)
 
 
-def _decode(entry: _Entry, image_size: int) -> np.ndarray:
-    """uint8 (4,H,W): colours multiplied by alpha, and alpha."""
+def _decode(entry: Entry, image_size: int) -> np.ndarray | ValueError:
+    """uint8 (4,H,W): colours multiplied by alpha, and alpha; or what is wrong with the file."""
     try:
-        with Image.open(BytesIO(entry.data) if isinstance(entry.data, bytes) else entry.data) as image:
-            image = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{entry.record.key} is not a readable picture: {error}") from error
+        image = decode_image(entry.data, name=entry.record.key).convert("RGBA")
+    except ValueError as error:
+        return error
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
     return np.asarray(image.convert("RGBa")).transpose(2, 0, 1)
-
-
-# Where pictures come from
-
-
-def _parts(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Files, folders of pictures and hub names, in a fixed order."""
-    if not isinstance(source, (str, os.PathLike)):
-        return [part for one in source for part in _parts(one)]
-    name = os.fspath(source)
-    if name.startswith("hub:"):
-        return [name]
-    if Path(name).is_dir():
-        inside = sorted(str(path) for suffix in ("*.parquet", "*.tar") for path in Path(name).glob(suffix))
-        return inside or [name]
-    found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
-    if not found:
-        raise ValueError(f"no such file, folder or pattern: {name!r}")
-    return found
-
-
-def _read(part: str) -> Iterator[_Entry]:
-    if part.startswith("hub:"):
-        return _read_hub(part.removeprefix("hub:"))
-    path = Path(part)
-    if path.is_dir():
-        return _read_files(path, sorted(path.rglob("*")))
-    if path.suffix == ".parquet":
-        return _read_table(path)
-    if path.suffix == ".tar":
-        return _read_shard(path)
-    if path.suffix.lower() in PICTURE_SUFFIXES:
-        return _read_files(path.parent, [path])
-    raise ValueError(f"{part!r} must be a .parquet table, a .tar shard, a folder or a picture")
-
-
-def _read_table(path: Path) -> Iterator[_Entry]:
-    import pyarrow.parquet as pq
-
-    row = 0
-    for batch in pq.ParquetFile(path).iter_batches(_CHUNK):
-        if "image" not in batch.schema.names:
-            raise ValueError(f"{path.name} must have a column 'image', it has {', '.join(batch.schema.names)}")
-        for fields in batch.to_pylist():
-            image = fields.pop("image")
-            yield _Entry(_record(f"{path.name}:{row}", path.stem, fields), _encoded(image, path.parent))
-            row += 1
-
-
-def _encoded(image: Any, folder: Path) -> bytes | Path:
-    """The file of a column that holds bytes or {bytes, path}."""
-    if isinstance(image, bytes):
-        return image
-    return image["bytes"] or folder / image["path"]
-
-
-def _read_files(folder: Path, paths: Iterable[Path]) -> Iterator[_Entry]:
-    described = _metadata(folder / "metadata.jsonl")
-    for path in paths:
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            name = path.relative_to(folder).as_posix()
-            captions = path.with_suffix(".txt")
-            fields = dict(described.get(name, {}))
-            if captions.is_file():
-                fields["captions"] = _lines(captions.read_text(encoding="utf-8"))
-            yield _Entry(_record(name, folder.resolve().name, fields), path)
-
-
-def _metadata(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    rows = [json.loads(line) for line in _lines(path.read_text(encoding="utf-8"))]
-    return {row["file_name"]: row for row in rows}
-
-
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _read_shard(path: Path) -> Iterator[_Entry]:
-    import webdataset
-
-    suffixes = [suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES]
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-        data = next((sample[suffix] for suffix in suffixes if suffix in sample), None)
-        if data is not None:
-            fields = json.loads(sample.get("json", b"{}"))
-            if "txt" in sample:
-                fields["captions"] = _lines(sample["txt"].decode("utf-8"))
-            yield _Entry(_record(f"{path.name}:{sample['__key__']}", path.stem, fields), data)
-
-
-def _read_hub(name: str) -> Iterator[_Entry]:
-    import datasets
-
-    table = datasets.load_dataset(name, split="train")
-    columns = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        raise ValueError(f"hub data set {name!r} must have a column of pictures, it has {', '.join(table.features)}")
-    labels = {c: f for c, f in table.features.items() if isinstance(f, datasets.ClassLabel)}
-    for row, fields in enumerate(table.cast_column(columns[0], datasets.Image(decode=False))):
-        image = fields.pop(columns[0])
-        fields |= {c: f.int2str(fields[c]).replace("_", " ") for c, f in labels.items() if fields[c] is not None}
-        yield _Entry(_record(f"{name}:{row}", name, fields), _encoded(image, Path()))
-
-
-def _record(key: str, source: str, fields: Mapping[str, Any]) -> Record:
-    """A record from the columns it knows; missing ones stay empty."""
-    captions = next((fields[column] for column in CAPTION_COLUMNS if fields.get(column)), ())
-    words = {name: str(fields[name]).strip() for name in _WORD_FIELDS if fields.get(name) not in (None, "")}
-    return Record(
-        key=key,
-        **{"source": source, **words},
-        captions=(captions,) if isinstance(captions, str) else tuple(captions),
-        keywords=tuple(fields.get("keywords") or ()),
-        year=fields.get("year"),
-        bbox=tuple(fields.get("bbox") or ()),
-    )
-
-
-_WORD_FIELDS = ("source", "label", "style", "artist", "genre", "title")
 
 
 # Which pictures, on which background, at which step

@@ -42,12 +42,23 @@ def load_image(
     missing, broken, too large, too small or none of the formats allowed.
     """
     fill = _fill(background)
-    name = _name_of(source)
+    with _decoding:
+        return _flatten(decode_image(source, on_note=on_note), fill)
+
+
+def decode_image(
+    source: Source, *, name: str | None = None, on_note: Callable[[str], None] | None = None
+) -> Image.Image:
+    """The picture as `load_image` gives it, but RGBA where it is transparent; any number may be decoded at once.
+
+    `name` is what messages call it instead of the file's name. Raises ValueError as `load_image`.
+    """
+    name = name or _name_of(source)
     notes: list[str] = []
-    with _decoding, _refusing(name):
+    with _refusing(name):
         image = _to_8bit(_read(source, name, notes))
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
-        image = _flatten(_to_srgb(image), fill)
+        image = _to_srgb(image)
     for note in notes if on_note else ():
         on_note(note)
     return image
