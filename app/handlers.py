@@ -201,10 +201,6 @@ class Handlers:
             save_code(path, pipeline.encode(image, config.num_tokens, fit)[0], pipeline.fingerprint, stem)
             return str(path)
 
-    def stopped(self, status: str) -> str | dict[str, Any]:
-        """The status after Stop; unchanged when nothing was running."""
-        return finished("Stopped.") if "<progress" in str(status) else gr.skip()
-
     def _ready(self) -> VilexPipeline:
         if self.pipeline is None:
             raise ValueError(self.problem)

@@ -31,6 +31,8 @@ document.addEventListener("keydown", (event) => {
 });
 </script>"""
 
+_STOPPED = """(status) => status.includes("<progress") ? "<p>Stopped.</p>" : status"""
+
 Settings = dict[str, gr.components.Component]  # by field of GenerationConfig
 
 
@@ -323,8 +325,9 @@ def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Resu
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     automatic = controls.seen.change(
-        handlers.reconstruct_new, None, rebuilt, inputs_kwargs=rebuild_inputs, api_visibility="private", **job
-    )
+        handlers.reconstruct_new, None, rebuilt, inputs_kwargs=rebuild_inputs, api_visibility="private",
+        trigger_mode="always_last", **job,
+    )  # fmt: skip
     rebuild = controls.reconstruct.click(
         handlers.reconstruct, None, rebuilt, inputs_kwargs=rebuild_inputs, api_name="reconstruct", **job
     )
@@ -341,7 +344,8 @@ def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Resu
         [controls.stop.click, controls.picture.input, examples.dataset.click], None,
         cancels=[automatic, rebuild, draw], api_visibility="private",
     )  # fmt: skip
-    controls.stop.click(handlers.stopped, results.status, results.status, **silent)
+    for event in (automatic, rebuild, draw):
+        _say_stopped(event, results.status)
     # queued, since only queued events show their errors
     for listen in (controls.picture.input, controls.fit.change, examples.load_input_event.then):
         listen(
@@ -358,6 +362,16 @@ def _wire(demo: gr.Blocks, handlers: Handlers, controls: Controls, results: Resu
         None, controls.view, js="(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }",
         api_visibility="private",
     )  # fmt: skip
+
+
+def _say_stopped(event: gr.events.Dependency, status: gr.HTML) -> None:
+    """Says so when an event was stopped, once the page takes the next one.
+
+    A page ignores clicks for an event until the server has answered its cancellation. Only then does it report a
+    failure, but progress that was under way may still come; the stream of a stopped event then ends as a success.
+    """
+    for listen in (event.failure, event.success):
+        listen(None, status, status, js=_STOPPED, show_progress="hidden", api_visibility="private")
 
 
 def _draw_seed(position: int) -> str:

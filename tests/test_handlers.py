@@ -135,11 +135,6 @@ def test_closing_stops_within_one_step(handlers, upload, calls, caplog, name):
     assert "stopped after step 2 of 50" in caplog.text
 
 
-def test_stop_says_so_only_when_something_ran(handlers, upload):
-    assert "Stopped" in handlers.stopped(draw(handlers, upload)[0][-1])
-    assert is_skipped(handlers.stopped(draw(handlers, upload)[-1][-1]))
-
-
 BAD_NUMBERS = [
     ({"seed": math.nan}, "seed must be a number, got nan"),
     ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
