@@ -16,13 +16,13 @@ from train.captions import (
     POSITIONS,
     dense_caption,
     measure,
-    to_uint8,
     write_caption,
     write_captions,
 )
 from train.colours import COLOURS, SHORT_COLOURS, cell_means, grid_colours, nearest_colours, summed_area, to_lab
 from train.data import Pictures, Record, background_colours
 from train.subjects import content_caption, plain_caption, style_caption
+from vilex.images import to_levels
 
 NAMES = list(COLOURS)
 MONET = Record("0", "wikiart", style="Impressionism", artist="Claude Monet", genre="landscape", title="the seine")
@@ -131,7 +131,7 @@ def test_colours_of_cut_outs_match_the_background_of_their_epoch():
     captions = write_captions(pictures, 5, seed=3, empty_share=0)
     for epoch in range(5):
         backgrounds = background_colours(3, epoch, indices)
-        pixels = to_uint8(pictures.batch(indices, backgrounds))
+        pixels = to_levels(pictures.batch(indices, backgrounds))
         for i in range(6):
             single = write_caption(
                 pictures.records[i], pixels[i], seed=3, index=i, epoch=epoch, background=backgrounds[i], empty_share=0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from train import measures, nets
 from train.nets import EfficientNetLite2, Extractor
+from vilex.images import from_levels, to_levels
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -29,7 +30,7 @@ def noise_pixels(*shape: int, seed: int = 0) -> Tensor:
 def photo(name: str = "china.jpg") -> Tensor:
     """A square photo (1,3,400,400) in [-1,1]."""
     array = load_sample_image(name)[:400, 100:500]
-    return torch.tensor(array).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return from_levels(torch.tensor(array).permute(2, 0, 1)[None])
 
 
 def is_installed(file: nets.WeightFile) -> bool:
@@ -177,12 +178,12 @@ class MeanColour(Extractor):
         return torch.cat([pixels.mean((2, 3)), sides], dim=1)
 
 
-def test_extract_features_batches_resizes_and_scales_bytes() -> None:
+def test_extract_features_batches_resizes_and_scales_levels() -> None:
     levels = torch.randint(0, 256, (7, 3, 20, 14), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features = measures.extract_features(MeanColour(), levels, batch_size=3)
     assert features.shape == (7, 4)
     assert (features[:, 3] == 10).all()
-    torch.testing.assert_close(features, measures.extract_features(MeanColour(), levels / 127.5 - 1, batch_size=7))
+    torch.testing.assert_close(features, measures.extract_features(MeanColour(), from_levels(levels), batch_size=7))
     white = measures.extract_features(MeanColour(), torch.full((1, 3, 9, 9), 255, dtype=torch.uint8))
     torch.testing.assert_close(white[:, :3], torch.ones(1, 3))
 
@@ -197,20 +198,29 @@ def test_an_extractor_names_its_numbers() -> None:
 
 
 @pytest.mark.parametrize(("side", "size"), [(64, 192), (400, 128)])
-def test_resize_of_bytes_is_pillows_and_that_of_floats_is_close(side: int, size: int) -> None:
-    levels = measures.to_bytes(nets.resize(photo(), side))
+def test_resize_of_levels_is_pillows_and_that_of_floats_is_close(side: int, size: int) -> None:
+    levels = to_levels(nets.resize(photo(), side))
     image = Image.fromarray(levels[0].permute(1, 2, 0).numpy()).resize((size, size), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
-    difference = (measures.resize_bytes(levels, size).float() - expected).abs()
+    difference = (measures.resize_levels(levels, size).float() - expected).abs()
     assert difference.max() <= 1 and difference.mean() < 0.01
     difference = ((nets.resize(levels / 127.5 - 1, size) + 1) * 127.5 - expected).abs()
     assert 0.1 < difference.mean() < 0.35  # rounding to bytes makes 0.25
 
 
-def test_bytes_survive_the_way_through_floats() -> None:
-    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(measures.to_bytes(levels / 127.5 - 1), levels)
-    assert torch.equal(measures.to_bytes(torch.tensor([-1.5, 1.5])), torch.tensor([0, 255], dtype=torch.uint8))
+def test_levels_survive_the_way_through_pixels() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 2, 8, 16)
+    pixels = from_levels(levels)
+    assert pixels.dtype == torch.float32 and pixels.min() == -1 and pixels.max() == 1
+    assert torch.equal(to_levels(pixels), levels)
+
+
+def test_levels_are_the_nearest_and_what_is_outside_is_clipped() -> None:
+    pixels = torch.tensor([-1.5, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1.5])
+    assert to_levels(pixels).tolist() == [0, 0, 1, 255]
+    assert to_levels(torch.ones(2, dtype=torch.bfloat16)).tolist() == [255, 255]
+    with pytest.raises(ValueError, match="pixels hold NaN or infinity"):
+        to_levels(torch.tensor([0.0, torch.inf]))
 
 
 def test_efficientnet_shapes_and_range_of_its_map() -> None:

@@ -17,6 +17,7 @@ import torch
 from train.colours import COLOURS, SHORT_COLOURS, cell_means, colour_shares, name_cells, nearest_colours, summed_area
 from train.data import Pictures, Record, background_colours
 from train.subjects import Chance, pick, plain_caption, subject_words, with_article
+from vilex.images import to_levels
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 LAYOUT_SHARE = 0.75  # captions that say where the colours are
@@ -100,7 +101,7 @@ def _chunks(mask: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _job(pictures: Pictures, indices: torch.Tensor, epochs: range, backgrounds: torch.Tensor | None) -> _Job:
-    pixels = to_uint8(pictures.batch(indices, backgrounds)).numpy(force=True)
+    pixels = to_levels(pictures.batch(indices, backgrounds)).numpy(force=True)
     records = [pictures.records[index] for index in indices.tolist()]
     return _Job(records, indices.tolist(), epochs, pixels, None if backgrounds is None else backgrounds.numpy())
 
@@ -125,11 +126,6 @@ def _run(write: Callable[[_Job], list], jobs: Iterator[_Job], workers: int) -> I
 
 def _chance(seed: int, index: int, epoch: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, index, epoch]))
-
-
-def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 of pixels in [-1,1], as `write_caption` takes them."""
-    return ((pixels + 1) * 127.5).round().to(torch.uint8)
 
 
 # What the pixels say

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.batches import tabulate
-from train.captions import dense_caption, to_uint8
+from train.captions import dense_caption
 from train.data import Pictures, load_pictures, sha256
 from train.measures import (
     extract_features,
@@ -28,14 +28,13 @@ from train.measures import (
     inception_score,
     kernel_distance,
     knn_accuracy,
-    to_bytes,
 )
 from train.nets import Extractor, load_efficientnet, load_lpips, load_vgg
 from train.run import start, usage_errors
 from train.subjects import plain_caption
 from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig
 from vilex.diffusion import Conditioning
-from vilex.images import contact_sheet, to_images
+from vilex.images import contact_sheet, from_levels, to_images, to_levels
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import compose, compose_leading, special_tokens
 from vilex.recipe import environment
@@ -99,13 +98,13 @@ def draw_arm(pipeline: VilexPipeline, pictures: Pictures, arm: str, config: Gene
         if arm == "text":
             conditions = conditioner.words([plain_caption(record) for record in records])
         elif arm == "dense":
-            seen = to_uint8(pixels).cpu()
+            seen = to_levels(pixels).cpu()
             conditions = conditioner.words([dense_caption(r, p) for r, p in zip(records, seen, strict=True)])
         else:
             conditions = conditioner.tokens(pixels, int(arm))
         seeds = (config.seed + indices).tolist()
         latents = sample(pipeline.t2i, conditions, config, seeds=seeds)
-        drawn.append(to_bytes(pipeline.t2i.decode(latents).cpu()))
+        drawn.append(to_levels(pipeline.t2i.decode(latents).cpu()))
     return Arm(arm, torch.cat(drawn))
 
 
@@ -116,13 +115,13 @@ class Judge:
         self.device = device
         self.nets: list[Extractor] = [load_vgg(), load_efficientnet()]
         self.lpips = load_lpips("alex").to(device)
-        self.real = to_bytes(pictures.batch(torch.arange(len(pictures))).cpu())
+        self.real = to_levels(pictures.batch(torch.arange(len(pictures))).cpu())
         self.real_features = {net.key: extract_features(net, self.real, device=device) for net in self.nets}
         self.records, self.gallery = pictures.records, gallery
         self.gallery_features = self._gallery_features() if gallery else {}
 
     def _gallery_features(self) -> dict[str, Tensor]:
-        pixels = to_bytes(self.gallery.batch(torch.arange(len(self.gallery))).cpu())
+        pixels = to_levels(self.gallery.batch(torch.arange(len(self.gallery))).cpu())
         return {net.key: extract_features(net, pixels, device=self.device) for net in self.nets}
 
     def measure(self, samples: Tensor) -> dict[str, float]:
@@ -132,7 +131,7 @@ class Judge:
             features = extract_features(net, samples, device=self.device)
             result |= self._distances(net, features)
         result["lpips"] = self._lpips(samples)
-        generated, real = _to_unit(samples), _to_unit(self.real)
+        generated, real = from_levels(samples), from_levels(self.real)
         for cells in COLOUR_GRIDS:
             result[f"colour_error_{cells}x{cells}"] = grid_colour_error(generated, real, cells)
             shuffled = grid_colour_error(generated, real.roll(1, 0), cells)
@@ -185,12 +184,8 @@ class Judge:
     @torch.no_grad()
     def _lpips(self, samples: Tensor) -> float:
         pairs = zip(samples.split(64), self.real.split(64), strict=True)
-        distances = [self.lpips(_to_unit(a).to(self.device), _to_unit(b).to(self.device)).cpu() for a, b in pairs]
+        distances = [self.lpips(from_levels(a).to(self.device), from_levels(b).to(self.device)).cpu() for a, b in pairs]
         return torch.cat(distances).mean().item()
-
-
-def _to_unit(pixels: Tensor) -> Tensor:
-    return pixels.float() / 127.5 - 1
 
 
 def ratios(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -209,7 +204,7 @@ def ratios(metrics: dict[str, dict[str, float]]) -> dict[str, float]:
 def write_sheet(arms: Sequence[Arm], real: Tensor, path: Path) -> None:
     """A PNG: a row per held-out picture, the input and one sample of each arm."""
     count = min(SHEET_PICTURES, len(real))
-    columns = [to_images(_to_unit(pixels[:count])) for pixels in (real, *(arm.samples for arm in arms))]
+    columns = [to_images(from_levels(pixels[:count])) for pixels in (real, *(arm.samples for arm in arms))]
     contact_sheet(list(zip(*columns, strict=True)), column_labels=["input", *(arm.name for arm in arms)]).save(path)
 
 

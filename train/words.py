@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from train.captions import layout_caption, to_uint8
+from train.captions import layout_caption
 from train.data import Pictures, background_colours, batch_indices
 from vilex.diffusion import TextToImage
+from vilex.images import to_levels
 from vilex.model import ViLex
 from vilex.prompt import embedding_module
 
@@ -57,6 +58,6 @@ def _batches(
     for step in range(steps):
         indices = batch_indices(seed, step, batch_size, len(pictures), weights)
         pixels = pictures.batch(indices, background_colours(seed, step, indices))  # (B,3,H,W)
-        texts = layout_caption(to_uint8(pixels).cpu().numpy(), CELLS)
+        texts = layout_caption(to_levels(pixels).cpu().numpy(), CELLS)
         tokens = t2i.tokenizer(texts, add_special_tokens=False, return_tensors="pt")
         yield pixels, tokens.input_ids.to(pixels.device)

@@ -277,7 +277,7 @@ def to_pixels(images: Image.Image | Sequence[Image.Image]) -> torch.Tensor:
     if modes := {image.mode for image in images} - {"RGB"}:
         raise ValueError(f"pictures must be RGB, got {', '.join(sorted(modes))}")
     array = np.stack([np.asarray(image) for image in images])  # (B,H,W,3)
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1  # (B,3,H,W)
+    return from_levels(torch.from_numpy(array).permute(0, 3, 1, 2).contiguous())  # (B,3,H,W)
 
 
 def to_images(pixels: torch.Tensor) -> list[Image.Image]:
@@ -287,11 +287,23 @@ def to_images(pixels: torch.Tensor) -> list[Image.Image]:
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels must be (B,3,H,W), got {tuple(pixels.shape)}")
-    pixels = pixels.detach().float().cpu()
+    levels = to_levels(pixels.detach().cpu()).permute(0, 2, 3, 1)  # (B,H,W,3)
+    return [Image.fromarray(array) for array in levels.contiguous().numpy()]
+
+
+def to_levels(pixels: torch.Tensor) -> torch.Tensor:
+    """The levels 0..255, uint8, that a file holds of pixels in [-1,1]; values outside are clipped, the shape stays.
+
+    Raises ValueError on NaN and infinity.
+    """
     if not pixels.isfinite().all():
         raise ValueError("pixels hold NaN or infinity; half precision overflowed or the weights are broken")
-    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)  # (B,H,W,3)
-    return [Image.fromarray(array) for array in levels.contiguous().numpy()]
+    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+def from_levels(levels: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1,1], float32, of levels 0..255; `to_levels` is the inverse."""
+    return levels.float() / 127.5 - 1
 
 
 def contact_sheet(
