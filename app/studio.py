@@ -1,0 +1,100 @@
+"""What all tabs of the page share: the components on the left, and how a listener that computes is wired."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from gradio.events import Dependency
+
+from app.handlers import Handlers
+
+CARD_FIELDS = ("picture", "word", "name", "weight", "num_tokens", "fit")
+SAMPLING = ("num_inference_steps", "guidance_scale", "scheduler", "guidance_low", "guidance_high", "negative_prompt")
+COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 1}
+SILENT = {"show_progress": "hidden", "queue": False, "preprocess": False, "api_visibility": "private"}
+_STOPPED = """(status) => status.includes("<progress") ? "<p>Stopped.</p>" : status"""
+
+
+def card_key(name: str, index: int) -> str:
+    """The argument that holds a field of card `index`, from 0: picture, picture_2, picture_3, ..."""
+    return name if index == 0 else f"{name}_{index + 1}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The components of one picture; `word` is a hidden text that holds its code when it came as one."""
+
+    panel: gr.Column
+    picture: gr.Image
+    word: gr.Textbox
+    name: gr.Textbox
+    weight: gr.Slider
+    num_tokens: gr.Slider
+    fit: gr.Radio
+    seen: gr.Image
+    note: gr.HTML
+
+    def inputs(self, index: int) -> dict[str, Component]:
+        """The components by the argument of a handler."""
+        return {card_key(name, index): getattr(self, name) for name in CARD_FIELDS}
+
+
+@dataclass(frozen=True)
+class Studio:
+    """The page's shared parts.
+
+    settings: by field of GenerationConfig, without num_tokens, which each card has; jobs: what Stop cancels.
+    """
+
+    handlers: Handlers
+    cards: Sequence[Card]
+    prompt: gr.Textbox
+    settings: dict[str, Component]
+    view: gr.Radio
+    embed: gr.Checkbox
+    status: gr.HTML
+    gallery: gr.Gallery
+    tabs: gr.Tabs
+    jobs: list[Dependency] = field(default_factory=list)
+
+    def inputs(self, *names: str) -> dict[str, Component]:
+        """Components by argument: "cards" stands for all fields of all cards; else prompt, view, embed or a setting."""
+        own = {"prompt": self.prompt, "view": self.view, "embed": self.embed}
+        chosen: dict[str, Component] = {}
+        for name in names:
+            chosen |= self._cards() if name == "cards" else {name: own.get(name) or self.settings[name]}
+        return chosen
+
+    def _cards(self) -> dict[str, Component]:
+        return {key: part for i, card in enumerate(self.cards) for key, part in card.inputs(i).items()}
+
+    def compute(
+        self,
+        listen: Callable[..., Dependency],
+        fn: Callable[..., Any],
+        outputs: Sequence[Component],
+        inputs: dict[str, Component],
+        **options: Any,
+    ) -> Dependency:
+        """Wires a listener that computes: it waits its turn, Stop ends it, and it never runs twice at once.
+
+        Inputs arrive by name and unprocessed: gradio would open files itself and word its own errors.
+        """
+        job = {"show_progress": "minimal", "show_progress_on": self.status, "preprocess": False, **COMPUTE}
+        event = listen(fn, None, outputs, inputs_kwargs=inputs, **(job | options))
+        self.jobs.append(event)
+        self._say_stopped(event)
+        return event
+
+    def _say_stopped(self, event: Dependency) -> None:
+        """Says so when an event was stopped, once the page takes the next one.
+
+        A page ignores clicks for an event until the server has answered its cancellation. Only then does it report
+        a failure, but progress that was under way may still come; the stream then ends as a success.
+        """
+        for listen in (event.failure, event.success):
+            listen(
+                None, self.status, self.status, js=_STOPPED, show_progress="hidden", api_visibility="private"
+            )  # fmt: skip
