@@ -1,16 +1,25 @@
 # make app    sets up an environment and opens the app on the weights in the repository
 # make test   sets up an environment and passes all tests, in a real browser too
+# make publish SPACE=user/name   puts the app on a Hugging Face Space (after `.venv/bin/hf auth login`)
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: app test setup setup-dev browser
+.PHONY: app test publish setup setup-dev browser
 
 app: setup
 	$(BIN)/python app.py $(ARGS)
 
 test: setup-dev browser
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+# `hf upload` and not git: the Hub refuses plain pushes of large files
+publish: setup
+	@test -n "$(SPACE)" || { echo "give the Space: make publish SPACE=user/name" >&2; exit 2; }
+	$(BIN)/hf repos create $(SPACE) --type space --space-sdk gradio --exist-ok
+	$(BIN)/hf upload $(SPACE) . . --type space --commit-message "ViLex" \
+		--include "app.py" --include "app/*" --include "vilex/*" --include "assets/*" --include "*.md" \
+		--include "LICENSE*" --include "requirements.txt" --exclude "*__pycache__*" --exclude "$(VENV)/*"
 
 setup: $(VENV)/installed
 

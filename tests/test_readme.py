@@ -1,10 +1,12 @@
 """What the README promises is what the repository holds."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.utils import filter_repo_objects
 
 from vilex import config
 
@@ -53,3 +55,17 @@ def test_the_default_weights_are_the_ones_the_readme_describes():
     sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
     assert sum(sizes) <= 100e6
     assert max(sizes) <= 50e6
+
+
+def test_a_space_gets_all_that_the_app_needs_and_no_more():
+    recipe = subprocess.run(
+        ["make", "-n", "publish", "SPACE=a/b"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    patterns = {flag: re.findall(rf'--{flag} "([^"]+)"', recipe.stdout) for flag in ("include", "exclude")}
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files += ["vilex/__pycache__/cli.pyc", ".venv/lib/site-packages/vilex/README.md"]
+    sent = list(filter_repo_objects(files, allow_patterns=patterns["include"], ignore_patterns=patterns["exclude"]))
+    needed = {"app.py", "requirements.txt", "README.md", "LICENSE_WEIGHTS"}
+    needed |= {file for file in files[:-2] if file.startswith(("app/", "vilex/", "assets/"))}
+    assert needed <= set(sent)
+    assert not [file for file in sent if file.startswith(("tests/", "train/", ".venv/")) or "__pycache__" in file]
