@@ -314,6 +314,25 @@ def test_moving_pictures_keeps_their_pixels(table):
     assert torch.equal(moved.batch(torch.tensor([1, 0])), pictures.batch(torch.tensor([1, 0])))
 
 
+def test_the_fingerprint_tells_pixels_words_and_order_but_not_names_of_files(tmp_path):
+    def write(name: str, *rows: tuple[int, str]) -> str:
+        encoded = {i: encode(halves(alpha=255 - i)) for i, _ in rows}
+        write_table(tmp_path / f"{name}.parquet", [{"image": encoded[i], "label": w, "source": "s"} for i, w in rows])
+        return load_pictures(tmp_path / f"{name}.parquet", image_size=16).fingerprint()
+
+    first = write("first", (0, "wall"), (0, "sea"), (9, ""))
+    assert re.fullmatch(r"3 pictures \([0-9a-f]{12}\)", first)
+    assert write("again", (0, "wall"), (0, "sea"), (9, "")) == first
+    others = [
+        write("pixels", (1, "wall"), (0, "sea"), (9, "")),
+        write("alpha", (0, "wall"), (0, "sea"), (8, "")),
+        write("words", (0, "wall"), (0, "see"), (9, "")),
+        write("order", (0, "sea"), (0, "wall"), (9, "")),
+        write("less", (0, "wall"), (0, "sea")),
+    ]
+    assert len({first, *others}) == 6
+
+
 def test_sha256_of_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

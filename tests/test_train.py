@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -469,6 +470,47 @@ def test_a_run_is_not_resumed_with_other_settings(kind, files, tmp_path):
     assert result.exit_code == 2
     assert "holds a run with other settings (learning_rate, seed)" in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_a_run_is_not_resumed_on_other_data(kind, files, tmp_path):
+    succeed(kind, files, tmp_path)
+    before = checkpoint(tmp_path)["inputs"]["data"]
+    result = invoke(kind, files, tmp_path, "--limit", "11")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and before.startswith("12 pictures (")
+    assert f"holds a run whose data was {before}, now it is 11 pictures (" in said
+    assert "give another --out or the same data" in said
+
+
+def test_a_run_is_not_resumed_with_another_text_to_image_model(files, tmp_path):
+    succeed("vilex", files, tmp_path)
+    t2i = load_t2i(files.t2i, str(files.text))
+    with torch.no_grad():
+        t2i.denoiser.conv_out.bias[3] += 1
+    t2i.save_pretrained(tmp_path / "other", dtype=torch.float32)
+    result = invoke("vilex", files, tmp_path, "--t2i", str(tmp_path / "other"))
+    assert result.exit_code == 2
+    sentence = r"holds a run whose text-to-image model was [0-9a-f]{12}, now it is [0-9a-f]{12}; give another --out"
+    assert re.search(sentence, " ".join(result.output.split())), result.output
+
+
+def test_a_run_is_not_resumed_with_another_text_encoder(files, tmp_path):
+    succeed("t2i", files, tmp_path / "out")
+    build_tokenizer("bert").save_pretrained(tmp_path / "text")
+    build_bert(len(build_tokenizer("bert"))).save_pretrained(tmp_path / "text")
+    result = invoke("t2i", files, tmp_path / "out", "--text-encoder", str(tmp_path / "text"))
+    assert result.exit_code == 2 and "holds a run whose text encoder was" in result.output
+
+
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_a_run_that_does_not_name_its_data_is_not_resumed(kind, files, tmp_path):
+    succeed(kind, files, tmp_path)
+    saved = checkpoint(tmp_path)
+    del saved["inputs"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    result = invoke(kind, files, tmp_path)
+    assert result.exit_code == 2 and "does not say what data it reads; give another --out" in result.output
 
 
 BAD = [

@@ -55,6 +55,15 @@ class Pictures:
         moved = {name: getattr(self, name).to(device) for name in ("pixels", "alpha", "alpha_rows")}
         return dataclasses.replace(self, **moved)
 
+    def fingerprint(self) -> str:
+        """Their number, and 12 hex digits that change with any pixel, word or order, not with names of files."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        for tensor in (self.pixels, self.alpha, self.alpha_rows):
+            digest.update(tensor.numpy(force=True))
+        for record in self.records:
+            digest.update(repr(dataclasses.replace(record, key="")).encode())
+        return f"{len(self)} pictures ({digest.hexdigest()[:12]})"
+
     def batch(self, indices: Tensor, backgrounds: Tensor | None = None) -> Tensor:
         """Float pixels (B,3,H,W) in [-1,1], cut-outs laid on `backgrounds` (B,3) in [-1,1], white without them."""
         device = self.pixels.device

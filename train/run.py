@@ -18,6 +18,7 @@ from train.data import Pictures, Record, load_pictures, sampling_weights
 from train.loss import Noise, draw_noise
 from train.presets import PRESETS, Preset, TrainConfig
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
+from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
 
 log = get_logger(__name__)  # speaks on the main process only
@@ -136,11 +137,21 @@ class TrainingRun(ABC):
             log.info("all pictures weigh alike: some are of sources that the preset has no share for")
         self.pictures, self.held_out = pictures.to(self.device), held_out and held_out.to(self.device)
 
-    def attach(self, module: nn.Module, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:
-        """Hands the trained module, or `model` around it, and its optimiser to accelerate and to the run's state."""
+    def attach(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        frozen: tuple[str, nn.Module],
+        model: nn.Module | None = None,
+    ) -> None:
+        """Hands the trained module, or `model` around it, and its optimiser to accelerate and to the run's state.
+
+        frozen: what is read but not trained, with its name.
+        """
         self.module = module
         self.model, optimizer = self.accelerator.prepare(module if model is None else model, optimizer)
-        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config)
+        inputs = {"data": self.pictures.fingerprint(), frozen[0]: fingerprint(frozen[1])}
+        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs)
 
     def compiled(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
@@ -205,7 +216,7 @@ class TrainingRun(ABC):
         )
 
     def resume(self) -> None:
-        """Takes up the run in --out, if there is one. Raises ValueError when it has other settings."""
+        """Takes up the run in --out, if there is one. Raises ValueError when it has other settings or inputs."""
         if self.state.resume():
             log.info("resuming at step %d", self.state.global_step)
 

@@ -7,10 +7,11 @@ command again: the checkpoint holds weights, EMA, optimiser and step, and no ran
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,6 +46,7 @@ class TrainState:
     """Trained module, its EMA and its optimiser, in one folder on disk.
 
     folder/checkpoint.pt is replaced atomically; folder/metrics.jsonl gets one line per logged step.
+    inputs: what the run reads and must find again when it is resumed, by name, as fingerprints.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class TrainState:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
+        inputs: Mapping[str, str],
     ) -> None:
-        self.folder, self.accelerator, self.config = folder, accelerator, config
+        self.folder, self.accelerator, self.config, self.inputs = folder, accelerator, config, dict(inputs)
         self.ema = EMAModel(
             module.parameters(), decay=0.9999, use_ema_warmup=True, power=config.ema_power, foreach=True
         )
@@ -75,17 +78,12 @@ class TrainState:
     def resume(self) -> bool:
         """Whether a checkpoint was there and has been loaded.
 
-        Raises ValueError if it is of other settings or another network.
+        Raises ValueError if it is of other settings, inputs or another network.
         """
         if not self.path.is_file():
             return False
         saved = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
-        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - MAY_CHANGE
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds a run with other settings ({', '.join(sorted(changed))}); "
-                "give another --out or the same settings"
-            )
+        self._require_same(saved)
         try:
             self.module.load_state_dict(saved["module"])
         except RuntimeError as error:
@@ -94,6 +92,22 @@ class TrainState:
         self.ema.load_state_dict(saved["ema"])
         self.global_step = saved["global_step"]
         return True
+
+    def _require_same(self, saved: Mapping[str, Any]) -> None:
+        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - MAY_CHANGE
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings ({', '.join(sorted(changed))}); "
+                "give another --out or the same settings"
+            )
+        if "inputs" not in saved:
+            raise ValueError(f"{self.folder} holds a run that does not say what data it reads; give another --out")
+        for name, now in self.inputs.items():
+            if (before := saved["inputs"].get(name)) != now:
+                raise ValueError(
+                    f"{self.folder} holds a run whose {name} was {before}, now it is {now}; "
+                    f"give another --out or the same {name}"
+                )
 
     def save(self) -> None:
         """Writes the checkpoint beside the old one, then takes its place.
@@ -112,6 +126,7 @@ class TrainState:
                 "ema": self.ema.state_dict(),
                 "global_step": self.global_step,
                 "config": asdict(self.config),
+                "inputs": self.inputs,
             },
             temporary,
         )

@@ -129,7 +129,7 @@ class T2IRun(TrainingRun):
         optimizer = torch.optim.AdamW(
             denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.attach(denoiser, optimizer, self.compiled(denoiser))
+        self.attach(denoiser, optimizer, ("text encoder", self.t2i.text_encoder), self.compiled(denoiser))
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions."""

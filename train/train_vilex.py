@@ -91,7 +91,7 @@ class VilexRun(TrainingRun):
                 spell_captions(
                     model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
                 )
-        self.attach(model, build_optimizer(model, config))
+        self.attach(model, build_optimizer(model, config), ("text-to-image model", self.t2i))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
         teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
