@@ -1,7 +1,12 @@
 """A `.vilex` file gives back its tokens or says why not."""
 
+import base64
+import struct
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
 
@@ -28,25 +33,92 @@ def test_tensors_that_are_views_are_stored_as_seen(tokens):
     assert torch.equal(code.vilex_tokens, tokens.T[:, ::2].half().float())
 
 
-def test_text_is_one_line_and_comes_back(tokens):
-    text = to_text(VilexCode(tokens, "m", "corgi"))
-    assert "\n" not in text and text.startswith("vilex-1:")
-    assert torch.equal(from_text(f" {text}\n", "m").vilex_tokens, tokens.half().float())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (actual - expected).norm(dim=1) / expected.norm(dim=1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("hello", "a code starts with 'vilex-1:', got 'hello'"),
-        ("vilex-1:***", "damaged"),
-        ("vilex-1:é", "damaged"),
-        ("vilex-1:", "not a readable .vilex file"),
-        ("vilex-1:QUJD", "not a readable .vilex file"),
-    ],
-)
+@settings(deadline=None)
+@given(st.integers(1, 75), st.sampled_from([5, 384, 1024]), st.floats(-1, 3), st.integers(0, 10**6))
+def test_copied_tokens_are_off_by_less_than_one_percent(count, width, exponent, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(count, width, generator=generator).clamp(-4, 4) * 10**exponent
+    code = from_text(to_text(VilexCode(tokens, "m")), "m")
+    assert code.vilex_tokens.shape == tokens.shape and code.vilex_tokens.dtype == torch.float32
+    largest = tokens.abs().amax(1, keepdim=True)
+    assert ((code.vilex_tokens - tokens).abs() <= largest * 0.0045).all()
+    if width >= 384:
+        assert (relative_error(code.vilex_tokens, tokens) < 0.01).all()
+
+
+def test_a_copied_copy_changes_no_more(tokens):
+    once = from_text(to_text(VilexCode(tokens, "m")))
+    assert relative_error(from_text(to_text(once)).vilex_tokens, once.vilex_tokens).max() < 1e-3
+
+
+def test_a_code_of_one_token_is_short_and_one_line():
+    text = to_text(VilexCode(torch.randn(1, 384), "0123456789ab", "/home/me/corgi.jpg"))
+    assert len(text) == 545 and text.startswith("vilex-2:0123456789ab:") and len(text.split()) == 1
+    assert from_text(text).fingerprint == "0123456789ab" and from_text(text).source == ""
+
+
+def test_a_code_survives_line_breaks_of_a_mail(tokens):
+    text = to_text(VilexCode(tokens, "m"))
+    broken = " " + "\r\n".join(text[i : i + 17] for i in range(0, len(text), 17)) + "\n"
+    assert torch.equal(from_text(broken, "m").vilex_tokens, from_text(text).vilex_tokens)
+
+
+def test_empty_vectors_are_copied_as_they_are():
+    assert torch.equal(from_text(to_text(VilexCode(torch.zeros(2, 3), "m"))).vilex_tokens, torch.zeros(2, 3))
+
+
+@given(st.data())
+def test_a_changed_missing_or_added_character_is_noticed(data):
+    text = to_text(VilexCode(torch.arange(14.0).view(2, 7) - 6, "nano-1a2b"))
+    place = data.draw(st.integers(8, len(text) - 1))
+    character = data.draw(st.sampled_from("ABCxyz019-_"))
+    changed = text[:place] + character + text[place + 1 :]
+    for damaged in (changed, text[:place], text[:place] + text[place + 1 :], text[:place] + character + text[place:]):
+        if damaged == text:
+            continue
+        with pytest.raises(ValueError, match="^the code is damaged: "):
+            from_text(damaged, "nano-1a2b")
+
+
+def packed(count: int, width: int, body: bytes, fingerprint: str = "m") -> str:
+    body = struct.pack("<BH", count, width) + body
+    data = body + codes._short_checksum(fingerprint, body)
+    return f"vilex-2:{fingerprint}:" + base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+FORGED = {
+    "no code": ("hello", "a code starts with 'vilex-2:', got 'hello'"),
+    "older": ("vilex-1:QUJD", "a code starts with 'vilex-2:', got 'vilex-1:QUJD'"),
+    "nothing": ("vilex-2:", "the code is damaged: it is cut off"),
+    "no tokens": ("vilex-2:m:", "the code is damaged: it is cut off"),
+    "stars": ("vilex-2:m:***", "the code is damaged: .* characters that no code has"),
+    "umlaut": ("vilex-2:m:\u00e9", "the code is damaged: .* characters that no code has"),
+    "short": ("vilex-2:m:QUJD", "the code is damaged: a part is missing"),
+    "odd": ("vilex-2:m:QUJDQ", "the code is damaged: a part is missing"),
+    "huge": ("vilex-2:m:" + "A" * 2**22, "the code is damaged"),
+    "none": (packed(0, 7, b""), "its size does not fit its tokens"),
+    "no width": (packed(2, 0, b"\0<\0<"), "vilex_tokens must be 1 to 75 vectors"),
+    "many": (packed(76, 1, bytes(76 * 3)), "vilex_tokens must be 1 to 75 vectors"),
+    "wrong size": (packed(2, 7, bytes(17)), "its size does not fit its tokens"),
+    "infinite": (packed(1, 1, b"\x00\x7c\x01"), "finite"),
+    "foreign": (packed(1, 1, b"\0<\1", "other"), "the code was made by 'other', this model is 'm'"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FORGED.values(), ids=FORGED)
 def test_text_that_is_no_code(text, message):
     with pytest.raises(ValueError, match=message):
-        from_text(text)
+        from_text(text, "m")
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "x" * 65])
+def test_fingerprints_that_would_break_the_text_are_refused(tokens, name):
+    with pytest.raises(ValueError, match="a fingerprint is up to 64 letters"):
+        to_text(VilexCode(tokens, name))
 
 
 def test_another_models_code_is_refused_with_both_names(tmp_path, tokens):

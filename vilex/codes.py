@@ -1,9 +1,15 @@
-"""An image kept as a word: `.vilex` files, and short codes to copy, that hold ViLex tokens."""
+"""An image kept as a word: `.vilex` files, and short codes to copy, that hold ViLex tokens.
+
+A copyable code is `vilex-2:<fingerprint>:<base64url>`: count and width of the tokens, one scale in fp16 per token,
+its numbers in steps of that scale in int8, and a checksum. One token of width 384 takes 545 characters.
+"""
 
 import base64
 import binascii
 import hashlib
 import json
+import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +22,11 @@ from vilex.config import MAX_TOKENS
 
 FORMAT = "vilex-1"
 MAX_BYTES = 4 * 2**20  # 75 tokens of the widest text encoder take 2.5 MB
-_TEXT_PREFIX = f"{FORMAT}:"
+_TEXT_PREFIX = "vilex-2:"
+_TEXT = re.compile(r"vilex-2:([\w-]{1,64}):([\w-]+)", re.ASCII)
+_HEADER = struct.Struct("<BH")  # count and width
+_CHECKSUM_BYTES = 4
+_STEPS = 127  # of int8, to either side of zero
 _MAX_SOURCE = 100  # characters of the source's name that are kept
 
 
@@ -59,19 +69,61 @@ def load_code(path: str | Path, fingerprint: str | None = None) -> VilexCode:
 
 
 def to_text(code: VilexCode) -> str:
-    """A code as one line of text to copy; practical for a few tokens."""
-    return _TEXT_PREFIX + base64.urlsafe_b64encode(to_bytes(code)).decode()
+    """Tokens and fingerprint as one line of text to copy, without the source.
+
+    Each number is rounded to a 127th of its token's largest: the vector is off by less than 1 % where no number is
+    more than four times the typical one. Raises ValueError as `save_code` does.
+    """
+    tokens = code.vilex_tokens.detach().to("cpu", torch.float16)
+    _check_tokens(tokens)
+    tokens = tokens.float()
+    scales = (tokens.abs().amax(1) / _STEPS).half()  # (N,)
+    steps = (tokens / scales.float().clamp_min(1e-9)[:, None]).round().clamp(-_STEPS, _STEPS).to(torch.int8)  # (N,D)
+    body = _HEADER.pack(*tokens.shape) + scales.numpy().tobytes() + steps.numpy().tobytes()
+    data = body + _short_checksum(code.fingerprint, body)
+    text = f"{_TEXT_PREFIX}{code.fingerprint}:{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
+    if not _TEXT.fullmatch(text):
+        raise ValueError(f"a fingerprint is up to 64 letters and digits, got {code.fingerprint[:80]!r}")
+    return text
 
 
 def from_text(text: str, fingerprint: str | None = None) -> VilexCode:
-    """The code that `to_text` wrote; raises ValueError as `load_code` does."""
-    if not text.strip().startswith(_TEXT_PREFIX):
-        raise ValueError(f"a code starts with {_TEXT_PREFIX!r}, got {text.strip()[:20]!r}")
+    """The code that `to_text` wrote, spaces and line breaks allowed; raises ValueError as `load_code` does."""
+    text = "".join(text.split())
+    if not text.startswith(_TEXT_PREFIX):
+        raise ValueError(f"a code starts with {_TEXT_PREFIX!r}, got {text[:20]!r}")
+    match = _TEXT.fullmatch(text) if len(text) <= MAX_BYTES else None
+    if match is None:
+        raise ValueError("the code is damaged: it is cut off or holds characters that no code has")
+    owner, data = match[1], _decode(match[2])
+    body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if _short_checksum(owner, body) != checksum:
+        raise ValueError("the code is damaged: a part is missing or altered")
+    _check_owner(owner, fingerprint)
+    return VilexCode(_unpack(body), owner)
+
+
+def _decode(text: str) -> bytes:
     try:
-        data = base64.b64decode(text.strip().removeprefix(_TEXT_PREFIX), altchars=b"-_", validate=True)
+        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"the code is damaged: {error}") from error
-    return from_bytes(data, fingerprint)
+        raise ValueError("the code is damaged: a part is missing or altered") from error
+
+
+def _unpack(body: bytes) -> Tensor:
+    """Tokens (N,D) of the body of a copyable code."""
+    count, width = _HEADER.unpack_from(body) if len(body) >= _HEADER.size else (0, 0)
+    if not count or len(body) != _HEADER.size + count * (2 + width):
+        raise ValueError("the code is damaged: its size does not fit its tokens")
+    numbers = torch.frombuffer(bytearray(body[_HEADER.size :]), dtype=torch.uint8)
+    scales = numbers[: 2 * count].clone().view(torch.float16).float()  # (N,)
+    tokens = numbers[2 * count :].view(torch.int8).view(count, width) * scales[:, None]  # (N,D)
+    _check_tokens(tokens.half())
+    return tokens
+
+
+def _short_checksum(fingerprint: str, body: bytes) -> bytes:
+    return hashlib.sha256(fingerprint.encode() + body).digest()[:_CHECKSUM_BYTES]
 
 
 def to_bytes(code: VilexCode) -> bytes:
@@ -116,8 +168,12 @@ def _check_metadata(metadata: dict[str, str], fingerprint: str | None) -> None:
     missing = {"format", "fingerprint", "num_tokens", "source", "sha256"} - metadata.keys()
     if missing or metadata["format"] != FORMAT:
         raise ValueError(f"this is not a {FORMAT} file: its format is {metadata.get('format', 'not named')[:60]!r}")
-    if fingerprint is not None and metadata["fingerprint"] != fingerprint:
-        raise ValueError(f"the code was made by {metadata['fingerprint'][:60]!r}, this model is {fingerprint!r}")
+    _check_owner(metadata["fingerprint"], fingerprint)
+
+
+def _check_owner(owner: str, fingerprint: str | None) -> None:
+    if fingerprint is not None and owner != fingerprint:
+        raise ValueError(f"the code was made by {owner[:60]!r}, this model is {fingerprint!r}")
 
 
 def _check_tokens(tokens: Tensor) -> None:
