@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
@@ -40,6 +40,11 @@ from vilex.sampling import Conditions, sample
 
 LADDER_PICTURES = 8
 _TOKENS_STREAM, _WORDS_STREAM = 1001, 1002  # of step_generator; every process draws the same
+
+
+def _networks(t2i: TextToImage) -> nn.ModuleList:
+    """All that a picture passes, under names that do not depend on the class around it."""
+    return nn.ModuleList(part for part in (t2i.denoiser, t2i.text_encoder, t2i.vae) if part is not None)
 
 
 def tabulate_words(pictures: Pictures, t2i: TextToImage) -> CaptionTable:
@@ -91,7 +96,7 @@ class VilexRun(TrainingRun):
                 spell_captions(
                     model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
                 )
-        self.attach(model, build_optimizer(model, config), ("text-to-image model", self.t2i))
+        self.attach(model, build_optimizer(model, config), ("text-to-image model", _networks(self.t2i)))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
         teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
