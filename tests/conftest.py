@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from train.presets import PRESETS, build_unet
 from vilex.config import T2IConfig
-from vilex.diffusion import TextToImage, build_noise_scheduler
+from vilex.diffusion import EmbeddedModel, TextToImage, build_noise_scheduler
+from vilex.latent import StableDiffusion
 from vilex.model import ViLex
 from vilex.pipeline import VilexPipeline
 
@@ -36,7 +37,7 @@ def t2i(tokenizer: PreTrainedTokenizerFast) -> TextToImage:
     torch.manual_seed(0)
     unet = build_unet(PRESETS["tiny"].unet, text_width=8)
     config = T2IConfig(pixel_unshuffle=4, position_frequencies=3, context_length=24, text_encoder="")
-    return TextToImage(config, tokenizer, build_bert(len(tokenizer)), unet, build_noise_scheduler())
+    return EmbeddedModel(config, tokenizer, build_bert(len(tokenizer)), unet, build_noise_scheduler())
 
 
 @pytest.fixture
@@ -54,8 +55,7 @@ def stable_diffusion() -> TextToImage:
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    config = T2IConfig(context_length=24, text_encoder="")
-    return TextToImage(config, tokenizer, build_clip(tokenizer), unet, scheduler, vae)
+    return StableDiffusion([tokenizer], [build_clip(tokenizer)], unet, scheduler, vae)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ MAX_X0_WEIGHT = 10.0  # reached where the noise's standard deviation is 0.32
 
 @dataclass(frozen=True)
 class Noise:
-    """What is added to the latents of a batch: values (B,C,h,w), at timesteps int64 (B,)."""
+    """What is added to the latents of a batch: values (B,C,h,w), at timesteps (B,), int64 or of a flow float."""
 
     values: Tensor
     timesteps: Tensor
@@ -30,10 +30,9 @@ class Noise:
 
 
 def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator) -> Noise:
-    """Standard normal noise at uniform timesteps, on the generator's device."""
-    device, num_timesteps = generator.device, t2i.scheduler.config.num_train_timesteps
-    values = torch.randn(batch_size, *t2i.latent_shape, generator=generator, device=device)
-    return Noise(values, torch.randint(num_timesteps, (batch_size,), generator=generator, device=device))
+    """Standard normal noise at timesteps as the model draws them, on the generator's device."""
+    values = torch.randn(batch_size, *t2i.latent_shape, generator=generator, device=generator.device)
+    return Noise(values, t2i.draw_timesteps(batch_size, generator))
 
 
 def diffusion_loss(
@@ -51,7 +50,7 @@ def diffusion_loss(
     draws = len(noise.timesteps) // len(latents)
     latents = latents.repeat(draws, 1, 1, 1)
     condition = Conditioning.concatenate([condition] * draws)
-    noisy_latents = t2i.scheduler.add_noise(latents, noise.values, noise.timesteps)
+    noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps)
     prediction = t2i.denoise(noisy_latents, noise.timesteps, condition, denoiser)
     target = t2i.target(latents, noise.values, noise.timesteps)
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
@@ -65,10 +64,13 @@ def loss_weights(t2i: TextToImage, timesteps: Tensor, snr_gamma: float = 0.0) ->
     since the last traces of noise would drown the rest. With it, min(snr, gamma) in units of x0's error.
     Source: Hang et al. 2023 (min-SNR).
     """
-    alpha_bar = t2i.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
-    snr = alpha_bar / (1 - alpha_bar)
-    per_x0 = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}
-    prediction_type = t2i.scheduler.config.prediction_type
+    snr = t2i.snr(timesteps)
+    per_x0 = {
+        "v_prediction": snr + 1,
+        "epsilon": snr,
+        "sample": torch.ones_like(snr),
+        "flow": (snr.sqrt() + 1) ** 2,  # the noise's inverse variance, as for v
+    }
     if snr_gamma:
-        return snr.clamp(max=snr_gamma) / per_x0[prediction_type]
-    return (snr + 1).clamp(max=MAX_X0_WEIGHT) if prediction_type == "sample" else torch.ones_like(snr)
+        return snr.clamp(max=snr_gamma) / per_x0[t2i.prediction_type]
+    return (snr + 1).clamp(max=MAX_X0_WEIGHT) if t2i.prediction_type == "sample" else torch.ones_like(snr)

@@ -23,7 +23,7 @@ from train.run import RunOptions, TrainingRun, load_data, override, start, train
 from train.state import step_generator
 from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
-from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler, load_t2i
+from vilex.diffusion import Conditioning, EmbeddedModel, TextToImage, build_noise_scheduler, load_t2i
 from vilex.images import contact_sheet, to_images
 from vilex.minilm import load_text_encoder
 from vilex.prompt import compose
@@ -66,7 +66,7 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
     torch.manual_seed(seed)
     denoiser = build_unet(preset.unet, encoder.config.hidden_size)
     scheduler = build_noise_scheduler(prediction_type=preset.unet.prediction_type)
-    return TextToImage(config, tokenizer, encoder, denoiser, scheduler)
+    return EmbeddedModel(config, tokenizer, encoder, denoiser, scheduler)
 
 
 def _load_model(preset: Preset, text_encoder: str | None, folder: Path) -> TextToImage:

@@ -35,7 +35,7 @@ from vilex.images import contact_sheet, to_images
 from vilex.model import ViLex, load_vilex
 from vilex.pipeline import VilexPipeline
 from vilex.pooler import sample_num_tokens
-from vilex.prompt import ComposedPrompt, compose, compose_leading, embedding_module, special_tokens
+from vilex.prompt import ComposedPrompt, compose, compose_leading, special_tokens
 from vilex.sampling import Conditions, sample
 
 LADDER_PICTURES = 8
@@ -44,7 +44,7 @@ _TOKENS_STREAM, _WORDS_STREAM = 1001, 1002  # of step_generator; every process d
 
 def _networks(t2i: TextToImage) -> nn.ModuleList:
     """All that a picture passes, under names that do not depend on the class around it."""
-    return nn.ModuleList(part for part in (t2i.denoiser, t2i.text_encoder, t2i.vae) if part is not None)
+    return nn.ModuleList(part for part in (t2i.denoiser, *t2i.text_encoders, t2i.vae) if part is not None)
 
 
 def tabulate_words(pictures: Pictures, t2i: TextToImage) -> CaptionTable:
@@ -208,8 +208,7 @@ def build_model(
     model = ViLex(preset.encoder, replace(preset.pooler, text_width=t2i.text_width))
     if pretrained:
         model.encoder = build_encoder(preset.encoder, pretrained)
-    table = embedding_module(t2i.text_encoder).weight
-    model.pooler.init_output(table.mean(0), table.std(0))
+    model.pooler.init_output(*t2i.word_statistics())
     return model
 
 

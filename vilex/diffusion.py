@@ -1,28 +1,29 @@
-"""Frozen text-to-image models behind one face: prompts in, noise predictions out.
+"""Frozen text-to-image models by folder or hub id, and the embedded pixel-space model.
 
-One class covers the embedded pixel-space model and Stable Diffusion 1.x / 2.x; what differs (pixels or
-VAE latents, attention mask and pooled vector or not) is decided once, when the model is loaded.
+What differs between them (pixels or VAE latents, one text encoder or three, noise or flow) is decided here, once,
+when the model is loaded.
 """
 
-import copy
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
+from vilex.latent import LatentModel, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from vilex.minilm import load_text_encoder
-from vilex.prompt import ComposedPrompt, override_embeddings
+from vilex.prompt import ComposedPrompt
+from vilex.t2i import INDEX_NAME, Conditioning, TextToImage, read_words
 
 CONFIG_NAME = "vilex_t2i.json"  # marks an embedded model; diffusers ignores it
-_EMBEDDED, _LATENT = "VilexTextToImage", "StableDiffusionPipeline"  # classes in model_index.json
 SCHEDULER = {
     "num_train_timesteps": 1000,
     "beta_schedule": "squaredcos_cap_v2",
@@ -30,46 +31,16 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "clip_sample": True,
 }
+_DOWNLOADED = [  # of each part; not its fp16 twin, its training weights or another framework's
+    "*.json", "*.txt", "*.model", "model.safetensors", "model-*-of-*.safetensors",
+    "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*-of-*.safetensors",
+]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What the denoiser reads: prompt_embeds (B,L,D), pooled (B,D) or None, mask bool (B,L) or None."""
+class EmbeddedModel(TextToImage):
+    """Our own small pixel-space model: MiniLM, a U-Net, and pictures folded into channels."""
 
-    prompt_embeds: Tensor
-    pooled: Tensor | None = None
-    mask: Tensor | None = None
-
-    def expand(self, batch: int) -> Self:
-        """The same condition for every picture of a batch; B must be 1."""
-        return replace(self, **{k: v.expand(batch, *v.shape[1:]) for k, v in self._tensors().items()})
-
-    def rows(self, indices: Tensor) -> Self:
-        """The conditions at these positions of the batch."""
-        return replace(self, **{k: v[indices] for k, v in self._tensors().items()})
-
-    def padded(self, length: int) -> Self:
-        """Zeros that the mask hides, up to `length` positions."""
-        more = length - self.prompt_embeds.shape[1]
-        return replace(self, prompt_embeds=F.pad(self.prompt_embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> Self:
-        """Moved or cast; the mask stays boolean."""
-        moved = {k: v.to(device) if k == "mask" else v.to(device, dtype) for k, v in self._tensors().items()}
-        return replace(self, **moved)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {k: v for k in ("prompt_embeds", "pooled", "mask") if (v := getattr(self, k)) is not None}
-
-    @staticmethod
-    def concatenate(conditions: list["Conditioning"]) -> "Conditioning":
-        """Several conditions as one batch, in order."""
-        joined = {k: torch.cat([getattr(c, k) for c in conditions]) for k in conditions[0]._tensors()}
-        return Conditioning(**joined)
-
-
-class TextToImage(nn.Module):
-    """A frozen denoiser with its text encoder, tokenizer, noise schedule and, for latent models, VAE."""
+    pipeline_class = "VilexTextToImage"
 
     def __init__(
         self,
@@ -78,14 +49,15 @@ class TextToImage(nn.Module):
         text_encoder: PreTrainedModel,
         denoiser: UNet2DConditionModel,
         scheduler: DDPMScheduler,
-        vae: AutoencoderKL | None = None,
     ) -> None:
-        super().__init__()
-        self.config, self.tokenizer, self.scheduler = config, tokenizer, scheduler
-        self.text_encoder, self.denoiser, self.vae = text_encoder, denoiser, vae
+        super().__init__(config, [tokenizer], [text_encoder], denoiser, scheduler)
         self._check_channels()
         self.register_buffer("positions", position_maps(config.position_frequencies, self.latent_shape[1]), False)
-        self.requires_grad_(False).eval()
+
+    @classmethod
+    def part_names(cls) -> list[str]:
+        """The folders of a saved model."""
+        return [cls.denoiser_name, "scheduler"]
 
     def _check_channels(self) -> None:
         unet = self.denoiser.config
@@ -94,44 +66,20 @@ class TextToImage(nn.Module):
             raise ValueError(f"the denoiser takes {unet.in_channels} channels, its settings make {expected}")
 
     @property
-    def embedded(self) -> bool:
-        """Whether this is our own pixel-space model."""
-        return self.vae is None
-
-    @property
-    def text_width(self) -> int:
-        """Width D of a word embedding, and so of a ViLex token."""
-        return self.text_encoder.get_input_embeddings().embedding_dim
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """C, h, w of the space the denoiser works in."""
-        unet = self.denoiser.config
-        return unet.out_channels, unet.sample_size, unet.sample_size
-
-    @property
     def image_size(self) -> int:
-        """Side of the pictures it draws, in pixels."""
-        factor = self.config.pixel_unshuffle if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.denoiser.config.sample_size * factor
+        return self.denoiser.config.sample_size * self.config.pixel_unshuffle
 
     def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
-        """Runs the frozen text encoder; gradients reach `prompt.vectors`."""
-        device = self.text_encoder.device
-        mask = prompt.attention_mask.to(device) if self.embedded else None
-        vectors = torch.empty(0, self.text_width) if prompt.vectors is None else prompt.vectors
-        # Words alone take the override's lock too, or they would read the vectors of another thread
-        with override_embeddings(self.text_encoder, prompt.slots.to(device), vectors.to(device)):
-            states = self.text_encoder(prompt.input_ids.to(device), attention_mask=mask).last_hidden_state  # (B,L,D)
-        return Conditioning(states, masked_mean(states, mask), mask) if self.embedded else Conditioning(states)
+        """All states with the mask of words, and their mean; gradients reach `prompt.vectors`."""
+        mask, (vectors,) = prompt.attention_mask.to(self.text_encoder.device), self.split_vectors(prompt)
+        output = read_words(self.text_encoder, prompt.input_ids, prompt.slots, vectors, attention_mask=mask)
+        states = output.last_hidden_state  # (B,L,D)
+        return Conditioning(states, masked_mean(states, mask), mask)
 
     def denoise(
         self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The raw prediction (B,C,h,w) for noisy_latents (B,C,h,w) at timesteps int64 (B,).
-
-        `denoiser` stands for the model's own when that is wrapped or compiled.
-        """
+        """The raw prediction (B,C,h,w); timesteps int64 (B,)."""
         network = self.denoiser if denoiser is None else denoiser
         positions = self.positions.to(noisy_latents).expand(len(noisy_latents), -1, -1, -1)
         return network(
@@ -144,42 +92,20 @@ class TextToImage(nn.Module):
         )[0]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (B,3,H,W) in [-1,1] -> latents (B,C,h,w), the mean for a VAE."""
-        if self.vae is None:
-            return F.pixel_unshuffle(pixels, self.config.pixel_unshuffle)
-        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        """pixels (B,3,H,W) in [-1,1] -> the same numbers as (B,C,h,w)."""
+        return F.pixel_unshuffle(pixels, self.config.pixel_unshuffle)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
-        if self.vae is None:
-            return F.pixel_shuffle(latents, self.config.pixel_unshuffle).clamp(-1, 1)
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the denoiser should predict: the noise, x0, or v = sqrt(a) noise - sqrt(1 - a) x0."""
-        prediction_type = self.scheduler.config.prediction_type
-        if prediction_type == "v_prediction":
-            return self.scheduler.get_velocity(latents, noise, timesteps)
-        return noise if prediction_type == "epsilon" else latents
+        """(B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
+        return F.pixel_shuffle(latents, self.config.pixel_unshuffle).clamp(-1, 1)
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
-        """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""
-        folder.mkdir(parents=True, exist_ok=True)
-        networks, others = {"unet": self.denoiser}, {"scheduler": self.scheduler}
-        if self.vae is None:
-            (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
-        else:
-            networks |= {"vae": self.vae, "text_encoder": self.text_encoder}
-            others |= {"tokenizer": self.tokenizer}
-        for name, network in networks.items():
-            narrow = nn.Module.to(copy.deepcopy(network), dtype)  # diffusers' own `to` warns about casts
-            narrow.save_pretrained(folder / name, max_shard_size=max_shard_size)
-        for name, part in others.items():
-            part.save_pretrained(folder / name)
-        classes = {name: type(part) for name, part in (networks | others).items()}
-        index = {"_class_name": _EMBEDDED if self.embedded else _LATENT}
-        index |= {name: [kind.__module__.partition(".")[0], kind.__name__] for name, kind in classes.items()}
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        """Writes U-Net, scheduler and settings; the text encoder is named, not copied."""
+        super().save_pretrained(folder, max_shard_size, dtype)
+        (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+
+
+_KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, EmbeddedModel)
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -206,43 +132,56 @@ def build_noise_scheduler(**changes: object) -> DDPMScheduler:
     return DDPMScheduler(**SCHEDULER | changes)
 
 
-def load_t2i(folder: str | Path, text_encoder: str | None = None) -> TextToImage:
-    """A frozen model from a folder in diffusers layout.
+def load_t2i(model: str | Path, text_encoder: str | None = None) -> TextToImage:
+    """A frozen model from a folder in diffusers layout, or from the hub id of one.
 
     text_encoder: a folder to take the embedded model's text encoder from instead of the usual places.
-    Raises ValueError when the folder is not such a model or a weight is missing, left over or misshapen.
+    Raises ValueError when there is no such model or a weight is missing, left over or misshapen.
     """
-    folder = Path(folder)
-    _require_known(folder)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(Path(model).as_posix())
+    index = _read_index(folder)
+    kind = _kind(index, folder)
+    if missing := [name for name in kind.part_names() if not (folder / name).is_dir()]:
+        raise ValueError(f"the text-to-image model in {folder} is not complete: {', '.join(missing)} is missing")
     try:
-        return _load_embedded(folder, text_encoder) if (folder / CONFIG_NAME).is_file() else _load_latent(folder)
+        return _load_embedded(folder, text_encoder) if kind is EmbeddedModel else kind.load(folder, index)
     except OSError as error:
         raise ValueError(f"the text-to-image model in {folder} is not complete: {error}") from error
 
 
-def _require_known(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder} holds no text-to-image model: model_index.json is missing")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind not in (_EMBEDDED, _LATENT):
-        raise ValueError(f"{folder} is for {kind}; {_LATENT} (1.x, 2.x) and {_EMBEDDED} are supported")
+def _download(hub_id: str) -> Path:
+    """The folder that the hub's model is kept in, with the parts that its kind has."""
+    if hub_id.count("/") != 1 or hub_id[0] in "./~":
+        raise ValueError(f"{hub_id} holds no text-to-image model: it is neither a folder nor a hub id owner/name")
+    try:
+        kind = _kind(_read_index(Path(snapshot_download(hub_id, allow_patterns=[INDEX_NAME]))), hub_id)
+        patterns = [f"{part}/{pattern}" for part in kind.part_names() for pattern in _DOWNLOADED]
+        return Path(snapshot_download(hub_id, allow_patterns=[INDEX_NAME, CONFIG_NAME, *patterns]))
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"{hub_id} holds no text-to-image model: there is no such folder, and the hub has none or is out of reach"
+        ) from error
 
 
-def _load_embedded(folder: Path, text_encoder: str | None) -> TextToImage:
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no text-to-image model: {INDEX_NAME} is missing")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _kind(index: dict[str, Any], source: str | Path) -> type[EmbeddedModel | LatentModel]:
+    kinds = {kind.pipeline_class: kind for kind in _KINDS}
+    name = index.get("_class_name")
+    if name not in kinds:
+        raise ValueError(f"{source} is for {name}; supported are {', '.join(kinds)}")
+    return kinds[name]
+
+
+def _load_embedded(folder: Path, text_encoder: str | None) -> EmbeddedModel:
     config = T2IConfig.load_json(folder / CONFIG_NAME)
     denoiser = load_pretrained(UNet2DConditionModel, folder / "unet")
     tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)
-    return TextToImage(config, tokenizer, encoder, denoiser, DDPMScheduler.from_pretrained(folder / "scheduler"))
-
-
-def _load_latent(folder: Path) -> TextToImage:
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    return TextToImage(
-        T2IConfig(context_length=tokenizer.model_max_length, text_encoder=""),
-        tokenizer,
-        load_pretrained(CLIPTextModel, folder / "text_encoder").float(),  # transformers keeps the file's fp16
-        load_pretrained(UNet2DConditionModel, folder / "unet"),
-        DDPMScheduler.from_pretrained(folder / "scheduler"),
-        load_pretrained(AutoencoderKL, folder / "vae"),
-    )
+    return EmbeddedModel(config, tokenizer, encoder, denoiser, DDPMScheduler.from_pretrained(folder / "scheduler"))

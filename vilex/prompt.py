@@ -10,6 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class ComposedPrompt:
 
     input_ids int64 (B,L); attention_mask bool (B,L); slots bool (B,L), True where a ViLex token stands;
     vectors (S,D), the tokens in row-major order of their slots; kept: tokens kept of each image;
-    cut_words: what did not fit, empty when everything did; num_words: word tokens kept.
+    cut_words: what did not fit, empty when everything did; num_words: word tokens kept; segments: of one prompt,
+    its words as written and the counts of slots between them, in reading order.
     """
 
     input_ids: Tensor
@@ -36,6 +39,7 @@ class ComposedPrompt:
     asked: tuple[int, ...] = ()
     num_words: int = 0
     cut_words: str = ""
+    segments: tuple[str | int, ...] = ()
 
     @property
     def note(self) -> str:
@@ -165,6 +169,7 @@ def compose(
         asked=asked,
         num_words=num_words,
         cut_words=tokenizer.decode(words[num_words:]).strip(),
+        segments=tuple(kept[s] if isinstance(s, int) else s for s in segments),
     )
 
 
@@ -207,6 +212,52 @@ def compose_leading(
     slots = ((position >= len(special.prefix)) & (position < start)).expand(B, -1)
     mask = position < end + len(special.suffix)
     return ComposedPrompt(input_ids, mask, slots, vilex_tokens.flatten(0, 1) if N else None)
+
+
+def recompose(
+    prompt: ComposedPrompt, source: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> ComposedPrompt:
+    """The same words and vectors as another tokenizer writes them, all slots kept.
+
+    What `compose` wrote is read as it was given, the words that it cut included; a batch's words are decoded from
+    the ids of its `source` tokenizer. Raises ValueError when the slots alone do not fit.
+    """
+    special = special_tokens(tokenizer)
+    segments = [prompt.segments] if prompt.segments else _read_back(prompt, source)
+    composed = [_compose_row(row, tokenizer, special, context_length) for row in segments]
+    ids, slots = zip(*composed, strict=True)
+    padding = [context_length - len(row) for row in ids]
+    return ComposedPrompt(
+        input_ids=torch.tensor([row + [special.pad] * n for row, n in zip(ids, padding, strict=True)]),
+        attention_mask=torch.tensor([[True] * len(row) + [False] * n for row, n in zip(ids, padding, strict=True)]),
+        slots=torch.tensor([row + [False] * n for row, n in zip(slots, padding, strict=True)]),
+        vectors=prompt.vectors,
+    )
+
+
+def _read_back(prompt: ComposedPrompt, tokenizer: PreTrainedTokenizerBase) -> list[list[str | int]]:
+    """Segments of each row: decoded words and counts of slots."""
+    special, rows = special_tokens(tokenizer), []
+    lengths = prompt.attention_mask.sum(1).tolist()
+    for ids, slots, length in zip(prompt.input_ids.tolist(), prompt.slots.tolist(), lengths, strict=True):
+        body = slice(len(special.prefix), length - len(special.suffix))
+        runs = [(k, [i for i, _ in run]) for k, run in groupby(zip(ids[body], slots[body], strict=True), itemgetter(1))]
+        rows.append([len(run) if is_slot else tokenizer.decode(run) for is_slot, run in runs])
+    return rows
+
+
+def _compose_row(
+    segments: Sequence[str | int], tokenizer: PreTrainedTokenizerBase, special: SpecialTokens, context_length: int
+) -> tuple[list[int], list[bool]]:
+    """Ids of one unpadded row, and which of them are slots; the last words that do not fit are cut."""
+    counts, runs = [s for s in segments if isinstance(s, int)], []
+    for segment in segments:
+        is_image = isinstance(segment, int)
+        runs.append(sum(isinstance(r, int) for r in runs) if is_image else tokenize(tokenizer, segment).input_ids)
+    room = context_length - len(special.prefix) - len(special.suffix) - sum(counts)
+    if room < 0:
+        raise ValueError(f"{sum(counts)} image tokens do not fit into a context of {context_length} positions")
+    return _lay_out(runs, counts, room, special)
 
 
 def embedding_module(text_encoder: PreTrainedModel) -> nn.Module:

@@ -5,9 +5,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from vilex.config import GenerationConfig
@@ -44,11 +50,23 @@ class ClippedDPMSolver(DPMSolverMultistepScheduler):
         return sample.clamp(-1, 1)
 
 
+class FlowEuler(FlowMatchEulerDiscreteScheduler):
+    """Euler's method along a flow, with the two members that diffusers gives all other schedulers."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """The sample as it is."""
+        return sample
+
+
 def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> SchedulerMixin:
     """One of diffusers' schedulers with its timesteps set. Raises ValueError for Euler in pixel space."""
     if name == "euler" and t2i.embedded:
         raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
     base = {k: v for k, v in t2i.scheduler.config.items() if not k.startswith("_")}
+    if t2i.prediction_type == "flow":
+        return _flow_scheduler(name, base, num_inference_steps)
     shared = base | {"timestep_spacing": "trailing"}
     if name == "euler":
         scheduler = EulerDiscreteScheduler.from_config(shared)
@@ -62,6 +80,24 @@ def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> Sc
             sample_max_value=1.0,
         )
     scheduler.set_timesteps(timesteps=trailing_timesteps(scheduler, num_inference_steps))
+    return scheduler
+
+
+def _flow_scheduler(name: str, base: dict[str, Any], num_inference_steps: int) -> SchedulerMixin:
+    if name != "dpm++":  # along a flow DDIM is Euler's method
+        scheduler = FlowEuler.from_config(base, stochastic_sampling=False)
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+    scheduler = DPMSolverMultistepScheduler(
+        num_train_timesteps=base["num_train_timesteps"],
+        prediction_type="flow_prediction",
+        algorithm_type="dpmsolver++",
+        solver_order=_SOLVER_ORDER[name],
+        use_flow_sigmas=True,
+        flow_shift=base["shift"],
+    )
+    scheduler.set_timesteps(num_inference_steps)
+    scheduler.timesteps = scheduler.sigmas[:-1] * base["num_train_timesteps"]  # which it has rounded down
     return scheduler
 
 
@@ -104,7 +140,7 @@ def sample_steps(
             raise FloatingPointError(f"the model gave values that are not finite at step {i + 1}; try dtype float32")
         noisy_latents = scheduler.step(prediction, t, noisy_latents, return_dict=False)[0]
         last = i + 1 == len(weights)
-        estimate = noisy_latents if last else estimate_clean(t2i, model_input, prediction, t)
+        estimate = noisy_latents if last else t2i.estimate_clean(model_input, prediction, t)
         yield Step(i, len(weights), estimate)
 
 
@@ -120,18 +156,6 @@ def sample(
         if on_step is not None:
             on_step(step.index, step.num_inference_steps, step.latents)
     return step.latents
-
-
-def estimate_clean(t2i: TextToImage, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-    """The x0 that a prediction at `timestep` (0-d) implies: the cheap preview."""
-    prediction_type = t2i.scheduler.config.prediction_type
-    if prediction_type == "sample":
-        return prediction
-    alpha_bar = t2i.scheduler.alphas_cumprod[timestep.long()].to(noisy_latents)
-    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    if prediction_type == "epsilon":
-        return (noisy_latents - noise * prediction) / signal
-    return signal * noisy_latents - noise * prediction
 
 
 def _weights_at(
