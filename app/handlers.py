@@ -27,7 +27,7 @@ from vilex.config import MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
 from vilex.images import fit_image, load_image
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import has_words
-from vilex.recipe import build_recipe, save_png
+from vilex.recipe import RecipeImage, build_recipe, save_png
 from vilex.sampling import Step
 from vilex.upsampler import Upsampler
 
@@ -155,7 +155,8 @@ class Handlers:
                         results[i] = pipeline.decode(step.latents)[0]
                     yield *(results if is_shown else [gr.skip()] * len(results)), gr.skip(), status
                 name = f"vilex-{rung}-tokens-seed-{config.seed}"
-                [results[i]] = self._save([results[i]], [name], "", rung_config, view)
+                images = [RecipeImage(_stem(picture), min(rung, len(tokens)), fit=fit)]
+                [results[i]] = self._save([results[i]], [name], "", rung_config, images, view)
                 times.append(duration(clock.seconds - started))
                 status = working(f"{rung_name(rung)} done", clock.done, clock.total)
                 yield *results, times_html(self.rungs, times), status
@@ -185,7 +186,8 @@ class Handlers:
                 shown = pipeline.decode(step.latents) if _is_shown(step) else None
                 yield gr.skip() if shown is None else shown, config.seed, status
             seeds = [config.seed + i for i in range(config.num_images)]
-            paths = self._save(shown, [f"vilex-seed-{seed}" for seed in seeds], prompt, config, view)
+            images = [RecipeImage(_stem(picture), len(tokens), fit=fit) for tokens in words]
+            paths = self._save(shown, [f"vilex-seed-{seed}" for seed in seeds], prompt, config, images, view)
             captions = [f"seed {seed}" for seed in seeds]
             note = pipeline.note(prompt, words, config)
             text = f"Drawn in {duration(clock.seconds)}. {note[:1].upper()}{note[1:]}".strip()
@@ -221,17 +223,20 @@ class Handlers:
             steps.close()
 
     def _save(
-        self, images: list[Image.Image], names: list[str], prompt: str, config: GenerationConfig, view: str
+        self,
+        results: list[Image.Image],
+        names: list[str],
+        prompt: str,
+        config: GenerationConfig,
+        images: list[RecipeImage],
+        view: str,
     ) -> list[str]:
         """Paths of PNGs that carry their recipe, in a folder of their own inside gradio's cache."""
-        folder, pipeline = _new_folder(), self.pipeline
-        dtype = str(pipeline.dtype).removeprefix("torch.")
-        paths = []
-        for i, (image, name) in enumerate(zip(images, names, strict=True)):
-            own = dataclasses.replace(config, seed=config.seed + i, num_images=1)
-            recipe = build_recipe(prompt, own, model=pipeline.name, dtype=dtype, device=pipeline.device.type)
-            paths.append(str(folder / f"{name}.png"))
-            save_png(self._view(image, view), paths[-1], recipe)
+        folder = _new_folder()
+        paths = [str(folder / f"{name}.png") for name in names]
+        for i, (result, path) in enumerate(zip(results, paths, strict=True)):
+            recipe = build_recipe(self.pipeline, prompt, config, images, index=i)
+            save_png(self._view(result, view), path, recipe)
         return paths
 
     def _view(self, image: Image.Image, view: str) -> Image.Image:

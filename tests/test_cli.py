@@ -51,7 +51,7 @@ def test_reconstruct_writes_one_picture_per_number_of_tokens(folder):
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.split() == [str(Path("a/b/dog-t1.png")), str(Path("a/b/dog-t4.png"))]
     assert names_in("a/b") == ["dog-t1.png", "dog-t4.png"]
-    assert load_recipe("a/b/dog-t4.png")["generation"]["num_tokens"] == 4
+    assert load_recipe("a/b/dog-t4.png").config.num_tokens == 4
     assert (pixels_of("a/b/dog-t1.png") != pixels_of("a/b/dog-t4.png")).any()
 
 
@@ -76,9 +76,9 @@ def test_pngs_carry_the_settings_that_draw_them_alone(folder, pipeline):
         "--guidance", "1.5", "--seed", "7", "--out", "out", *FAST)  # fmt: skip
     recipe = load_recipe("out/dog-mix-seed8.png")
     expected = GenerationConfig(num_tokens=4, seed=8, num_inference_steps=2, guidance_scale=1.5, tfg_scale=2.5)
-    assert recipe["generation"] == expected.to_dict()
-    assert (recipe["prompt"], recipe["model"]) == ("<image> on the beach", "tiny")
-    assert (recipe["dtype"], recipe["device"]) == ("float32", "cpu")
+    assert recipe.config == expected
+    assert (recipe.prompt, recipe.model) == ("<image> on the beach", "tiny")
+    assert (recipe.dtype, recipe.device) == ("float32", "cpu")
 
 
 def test_raw_saves_the_models_own_pixels(folder):

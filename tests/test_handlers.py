@@ -65,7 +65,7 @@ def test_reconstruct_fills_in_the_rungs_cheapest_first(handlers, upload):
     updates = rebuild(handlers, upload)
     assert handlers.rungs == [1, 16, 75]
     *paths, times, status = updates[-1]
-    sizes = [load_recipe(path)["generation"]["num_tokens"] for path in paths]
+    sizes = [load_recipe(path).config.num_tokens for path in paths]
     assert sizes == [1, 16, 75]
     assert times.count(" s</span>") == 3 and "seed 5" in status and "<progress" not in status
     first_path = next(i for i, update in enumerate(updates) if isinstance(update[0], str))
@@ -90,8 +90,9 @@ def test_generate_gives_the_pictures_of_their_seeds_with_recipes(handlers, uploa
     assert seed == 5 and status.startswith("<p>Drawn in")
     assert [caption for _, caption in pictures] == ["seed 5", "seed 6"]
     recipes = [load_recipe(path) for path, _ in pictures]
-    assert [recipe["generation"]["seed"] for recipe in recipes] == [5, 6]
-    assert {recipe["prompt"] for recipe in recipes} == {"<image> in style of monet"}
+    assert [recipe.config.seed for recipe in recipes] == [5, 6]
+    assert {recipe.prompt for recipe in recipes} == {"<image> in style of monet"}
+    assert {(i.name, i.num_tokens, i.fit, i.code) for r in recipes for i in r.images} == {("my-corner", 75, "crop", "")}
     config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_images=2)
     expected = handlers.pipeline.generate("<image> in style of monet", [picture], config).images
     assert [Image.open(path).tobytes() for path, _ in pictures] == [image.tobytes() for image in expected]

@@ -10,9 +10,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from PIL import Image
@@ -74,18 +74,13 @@ class Desk:
         """Writes one PNG per picture, each with the settings that draw it alone, and echoes its path."""
         _note(names[0], generation.note)
         for i, (image, name) in enumerate(zip(generation.images, names, strict=True)):
-            config = replace(generation.config, num_images=1, seed=generation.config.seed + i)
+            recipe = build_recipe(self.pipeline, generation.prompt, generation.config, index=i)
             path = _target(self.out / f"{name}.png", self.sources)
-            save_png(self._enlarge(image), path, self._recipe(generation.prompt, config))
+            save_png(self._enlarge(image), path, recipe)
             _echo_path(path)
 
     def _enlarge(self, image: Image.Image) -> Image.Image:
         return image if self.upsampler is None or image.width >= _SMALL_SIDE else self.upsampler(image)
-
-    def _recipe(self, prompt: str, config: GenerationConfig) -> dict[str, Any]:
-        pipeline = self.pipeline
-        dtype = str(pipeline.dtype).removeprefix("torch.")
-        return build_recipe(prompt, config, model=pipeline.name, dtype=dtype, device=str(pipeline.device))
 
 
 def _open_desk(engine: Engine, out: Path, raw: bool, sources: Mapping[str, Path]) -> Desk:

@@ -10,50 +10,146 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 from vilex import __version__
-from vilex.config import MAX_PROMPT_CHARS, GenerationConfig
+from vilex.codes import VilexCode, from_text, to_text
+from vilex.config import MAX_PROMPT_CHARS, MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, setting
+
+if TYPE_CHECKING:
+    from vilex.pipeline import VilexPipeline
 
 RECIPE_KEY = "vilex"  # keyword of the PNG text chunk
-RECIPE_VERSION = 1
-MAX_RECIPE_CHARS = 512 * 1024
+RECIPE_VERSION = 2
+MAX_RECIPE_CHARS = 1_000_000  # 75 tokens of the widest text encoder take 210,000
+MAX_IMAGES = MAX_TOKENS  # a prompt gives each at least one token
+_MAX_CHARS = 200  # of names and versions
 
 _PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "pillow")
-_TYPES = {
-    "version": int,
+_RECIPE_TYPES = {
     "prompt": str,
+    "config": dict,
     "model": str,
-    "generation": dict,
+    "fingerprint": str,
     "dtype": str,
     "device": str,
     "environment": dict,
-    "codes": list,
+    "images": list,
 }
-_OPTIONAL = {"codes"}
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
+@dataclass(frozen=True)
+class RecipeImage(Config):
+    """One picture of a prompt: under which name, as how many tokens, weighed and fitted how.
+
+    fit is empty when no single picture gives these tokens, as with a blend. `code` holds them as they went into the
+    prompt, weight included; it is there only where the user shares them.
+    """
+
+    name: str = ""
+    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS)
+    weight: float = setting(1.0, WEIGHT_RANGE.minimum, WEIGHT_RANGE.maximum)
+    fit: str = "crop"
+    code: str = ""
+
+    def rules(self) -> list[str]:
+        broken = [] if self.fit in ("crop", "pad", "") else [f"fit must be crop, pad or empty, got {self.fit!r:.40}"]
+        return broken + _too_long({"name": self.name})
+
+    def tokens(self, fingerprint: str) -> Tensor | None:
+        """The tokens (N,D) in the code, None without one. Raises ValueError if damaged or of another model."""
+        if not self.code:
+            return None
+        tokens = from_text(self.code, fingerprint).vilex_tokens
+        if len(tokens) != self.num_tokens:
+            raise ValueError(f"the code of {self.name!r} has {len(tokens)} tokens, its recipe says {self.num_tokens}")
+        return tokens
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that drew one picture: words, settings, pictures, and the model and machine in use."""
+
+    prompt: str
+    config: GenerationConfig
+    model: str
+    fingerprint: str
+    dtype: str
+    device: str
+    environment: dict[str, str] = field(hash=False)
+    images: tuple[RecipeImage, ...] = ()
+
+    def __post_init__(self) -> None:
+        broken = [f"the prompt has {len(self.prompt)} characters, the limit is {MAX_PROMPT_CHARS}"]
+        broken = broken if len(self.prompt) > MAX_PROMPT_CHARS else []
+        broken += _too_long({name: getattr(self, name) for name in ("model", "fingerprint", "dtype", "device")})
+        broken += _too_long({"environment": "".join(self.environment)} | self.environment)
+        if len(self.images) > MAX_IMAGES:
+            broken.append(f"{len(self.images)} images, the limit is {MAX_IMAGES}")
+        if broken:
+            raise ValueError("; ".join(broken))
+
+
+def _too_long(texts: dict[str, str]) -> list[str]:
+    too_long = [(name, len(text)) for name, text in texts.items() if len(text) > _MAX_CHARS]
+    return [f"{name:.40} has {length} characters, the limit is {_MAX_CHARS}" for name, length in too_long]
+
+
 def build_recipe(
-    prompt: str, generation: GenerationConfig, *, model: str, dtype: str, device: str, codes: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A recipe for `save_png`; `codes` are the copyable words of the prompt's pictures, if they may be shared."""
-    recipe = {
-        "version": RECIPE_VERSION,
-        "prompt": prompt,
-        "model": model,
-        "generation": generation.to_dict(),
-        "dtype": dtype,
-        "device": device,
-        "environment": environment(),
-    }
-    return recipe | ({"codes": list(codes)} if codes else {})
+    pipeline: "VilexPipeline",
+    prompt: str,
+    config: GenerationConfig,
+    images: Sequence[RecipeImage] = (),
+    *,
+    index: int = 0,
+) -> Recipe:
+    """The recipe of picture `index` of a request: with its own seed, it draws that picture alone."""
+    return Recipe(
+        prompt=prompt,
+        config=dataclasses.replace(config, seed=config.seed + index, num_images=1),
+        model=pipeline.name[:_MAX_CHARS],
+        fingerprint=pipeline.fingerprint,
+        dtype=str(pipeline.dtype).removeprefix("torch."),
+        device=pipeline.device.type,
+        environment=environment(),
+        images=tuple(images),
+    )
+
+
+def build_recipe_image(
+    pipeline: "VilexPipeline",
+    name: str,
+    vilex_tokens: Tensor,
+    *,
+    weight: float = 1.0,
+    fit: str = "crop",
+    share: bool = False,
+) -> RecipeImage:
+    """The entry for vilex_tokens (N,D) as they went into the prompt; `share` writes them into it."""
+    code = to_text(VilexCode(vilex_tokens, pipeline.fingerprint)) if share else ""
+    return RecipeImage(name[:_MAX_CHARS], len(vilex_tokens), weight, fit, code)
+
+
+def differences(recipe: Recipe, pipeline: "VilexPipeline") -> str:
+    """One sentence on what is other here than where the picture was drawn, empty when nothing is."""
+    here = build_recipe(pipeline, recipe.prompt, recipe.config)
+    if recipe.fingerprint != here.fingerprint:
+        return f"Drawn by {recipe.model!r} with other weights than those in use: the picture will be another"
+    there, now = ({"dtype": r.dtype, "device": r.device} | r.environment for r in (recipe, here))
+    changed = [name for name in there if name in now and there[name] != now[name] and name != "python"]
+    if not changed:
+        return ""
+    listed = ", ".join(f"{name} {there[name]} (here {now[name]})" for name in changed)
+    return f"Drawn with {listed}: small differences are normal"
 
 
 def environment() -> dict[str, str]:
@@ -67,12 +163,12 @@ def environment() -> dict[str, str]:
     return versions
 
 
-def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) -> None:
+def save_png(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
     """Writes `image` as a PNG with `recipe` in a text chunk; the file appears whole or not at all.
 
     Raises ValueError when the recipe is not one that `load_recipe` would accept.
     """
-    text = json.dumps(dict(recipe))  # plain ASCII, so that tEXt can hold it
+    text = json.dumps({"version": RECIPE_VERSION} | dataclasses.asdict(recipe))  # plain ASCII: tEXt can hold it
     _parse(text, "the recipe")
     info = PngInfo()
     info.add_text(RECIPE_KEY, text)
@@ -85,7 +181,7 @@ def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, Any]) ->
         temporary.unlink(missing_ok=True)
 
 
-def load_recipe(source: str | Path | bytes | BinaryIO | Image.Image) -> dict[str, Any] | None:
+def load_recipe(source: str | Path | bytes | BinaryIO | Image.Image) -> Recipe | None:
     """The checked recipe of a PNG, or None when the picture carries none (other formats never do).
 
     Raises ValueError with one sentence when the file cannot be read or the recipe was tampered with.
@@ -110,7 +206,7 @@ def _read_text(source: str | Path | bytes | BinaryIO | Image.Image, name: str) -
     return text if isinstance(text, str) else None
 
 
-def _parse(text: str, name: str) -> dict[str, Any]:
+def _parse(text: str, name: str) -> Recipe:
     try:
         return _checked(_parse_json(text))
     except (ValueError, RecursionError, OverflowError) as error:
@@ -127,35 +223,40 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number")
 
 
-def _checked(recipe: Any) -> dict[str, Any]:
-    if not isinstance(recipe, dict):
-        raise ValueError(f"a recipe is a JSON object, got {type(recipe).__name__}")
-    if recipe.get("version") != RECIPE_VERSION:
-        raise ValueError(f"recipe version {recipe.get('version')!r:.20}, this ViLex reads {RECIPE_VERSION}")
-    if unknown := sorted(set(recipe) - set(_TYPES)):
-        raise ValueError(f"unknown entry {unknown[0]!r:.40}")
-    for key, kind in _TYPES.items():
-        if key not in recipe and key not in _OPTIONAL:
-            raise ValueError(f"{key} is missing")
-        if key in recipe and type(recipe[key]) is not kind:
-            raise ValueError(f"{key} must be {kind.__name__}, got {type(recipe[key]).__name__}")
-    _check_contents(recipe)
-    return recipe
+def _checked(values: Any) -> Recipe:
+    """A recipe from parsed JSON."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a recipe is a JSON object, got {type(values).__name__}")
+    version = values.pop("version", None)
+    if type(version) is int and version == 1:
+        raise ValueError("recipe version 1 is of an earlier ViLex and names no pictures: draw the picture anew")
+    if type(version) is not int or version != RECIPE_VERSION:
+        raise ValueError(f"recipe version {version!r:.20}, this ViLex reads {RECIPE_VERSION}")
+    _check_entries(values, _RECIPE_TYPES, "")
+    if not all(isinstance(text, str) for text in values["environment"].values()):
+        raise ValueError("environment must hold text only")
+    config = _build(GenerationConfig, values["config"], "config")
+    images = [_build(RecipeImage, image, f"image {i}") for i, image in enumerate(values["images"], 1)]
+    return Recipe(**values | {"config": config, "images": tuple(images)})
 
 
-def _check_contents(recipe: dict[str, Any]) -> None:
-    if len(recipe["prompt"]) > MAX_PROMPT_CHARS:
-        raise ValueError(f"the prompt has {len(recipe['prompt'])} characters, the limit is {MAX_PROMPT_CHARS}")
-    for key, texts in (("codes", recipe.get("codes", [])), ("environment", recipe["environment"].values())):
-        if not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{key} must hold text only")
-    _check_types(recipe["generation"])
-    GenerationConfig.from_dict(recipe["generation"])
+def _build(kind: type[Config], values: Any, name: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} must be an object, got {type(values).__name__}")
+    types = {f.name: type(f.default) for f in dataclasses.fields(kind)}
+    _check_entries(values, types, f"{name}: ")
+    try:
+        return kind.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
-def _check_types(generation: dict[str, Any]) -> None:
-    for field in dataclasses.fields(GenerationConfig):
-        value = generation.get(field.name, field.default)
-        allowed = (int, float) if isinstance(field.default, float) else (type(field.default),)
-        if type(value) not in allowed:
-            raise ValueError(f"{field.name} must be {allowed[-1].__name__}, got {type(value).__name__}")
+def _check_entries(values: dict[str, Any], types: dict[str, type], where: str) -> None:
+    """Every entry is there, none is unknown, each has its type; whole numbers may stand for decimal ones."""
+    if unknown := sorted(set(values) - set(types)):
+        raise ValueError(f"{where}unknown entry {unknown[0]!r:.40}")
+    for name, kind in types.items():
+        if name not in values:
+            raise ValueError(f"{where}{name} is missing")
+        if type(values[name]) not in ((int, float) if kind is float else (kind,)):
+            raise ValueError(f"{where}{name} must be {kind.__name__}, got {type(values[name]).__name__}")
