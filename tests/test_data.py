@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from train import data
 from train.data import (
     Pictures,
     Record,
@@ -312,6 +313,14 @@ def test_moving_pictures_keeps_their_pixels(table):
     moved = pictures.to("cpu")
     assert isinstance(moved, Pictures)
     assert torch.equal(moved.batch(torch.tensor([1, 0])), pictures.batch(torch.tensor([1, 0])))
+
+
+@pytest.mark.parametrize(("resident_bytes", "storage"), [(10_000, "meta"), (10, "cpu")])
+def test_batches_go_to_the_device_even_if_the_pictures_are_too_many_for_it(resident_bytes, storage, table, monkeypatch):
+    monkeypatch.setattr(data, "RESIDENT_BYTES", resident_bytes)
+    pictures = load_pictures(table, image_size=4).to("meta")
+    assert pictures.pixels.device.type == pictures.alpha.device.type == storage
+    assert pictures.batch(torch.tensor([1, 0])).device.type == "meta"
 
 
 def test_the_fingerprint_tells_pixels_words_and_order_but_not_names_of_files(tmp_path):

@@ -1,6 +1,5 @@
 """Both trainers end to end on twelve pictures: what they write, resume, freeze, learn and refuse."""
 
-import io
 import json
 import re
 from collections import Counter
@@ -8,15 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+import training
 from builders import build_bert, build_tokenizer
-from click.testing import CliRunner, Result
+from click.testing import Result
 from PIL import Image
 from torch import Tensor, nn
+from training import assert_same, checkpoint, reset_accelerate, snapshot, visible, write_table
 
 from train import train_t2i, train_vilex
 from train.batches import Batch, tabulate
@@ -35,14 +33,13 @@ from vilex.pooler import sample_num_tokens
 from vilex.prompt import compose
 
 TINY = PRESETS["tiny"]
+MAINS = {"t2i": train_t2i.main, "vilex": train_vilex.main}
 QUIET = ["--fp32"]  # bf16 would blur what is compared
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps its settings for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 @pytest.fixture(autouse=True)
@@ -72,40 +69,22 @@ def files(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(data=folder / "pictures.parquet", text=folder / "text", t2i=folder / "t2i")
 
 
-def write_table(path: Path) -> None:
-    """Twelve 32 px pictures of sixteen plain cells; the fourth is cut out."""
-    chance, rows = np.random.default_rng(0), []
-    for i in range(12):
-        cells = chance.integers(0, 256, (4, 4, 3 + (i == 3)), np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(cells).resize((32, 32), Image.Resampling.NEAREST).save(file, "png")
-        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "source": "emoji", "style": "sketch",
-                     "label": "dog" if i % 2 else "cat"})  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
 def arguments(kind: str, files: SimpleNamespace, out: Path) -> list[str]:
     shared = ["--preset", "tiny", "--data", str(files.data), "--text-encoder", str(files.text), "--out", str(out)]
     return shared + QUIET + (["--t2i", str(files.t2i)] if kind == "vilex" else [])
 
 
 def invoke(kind: str, files: SimpleNamespace, out: Path, *more: str) -> Result:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    main = {"t2i": train_t2i.main, "vilex": train_vilex.main}[kind]
-    return CliRunner().invoke(main, [*arguments(kind, files, out), *more])
+    return training.invoke(MAINS[kind], *arguments(kind, files, out), *more)
 
 
 def succeed(kind: str, files: SimpleNamespace, out: Path, *more: str) -> Result:
-    result = invoke(kind, files, out, *more)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
+    return training.succeed(MAINS[kind], *arguments(kind, files, out), *more)
 
 
 def build_run(kind: str, files: SimpleNamespace, out: Path, accumulate: int = 1, **settings: float):
     """A run that is ready for its first step."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     config = override(getattr(TINY, kind), settings)
     pictures, _ = load_data(32, [files.data])
     options = RunOptions(out, accumulate, fp32=True)
@@ -124,30 +103,6 @@ def take_steps(run, count: int, fixed_step: int | None = None) -> list[float]:
         return run.loss(global_step if fixed_step is None else fixed_step, micro)
 
     return [_step(run.state, run.model, loss)[0].item() for _ in range(count)]
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_same(a, b, where: str = "") -> None:
-    """Bit-equal trees of tensors and plain values."""
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_same(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -251,14 +206,6 @@ def test_init_from_starts_from_saved_weights_with_a_fresh_optimiser(kind, files,
 
 
 # What moves and what does not
-
-
-def visible(name: str, parameter: Tensor) -> Tensor:
-    """What of a parameter the loss depends on: softmax cancels a key's bias, whose gradient is rounding alone."""
-    if name.endswith("qkv.bias"):
-        query, _, value = parameter.chunk(3)
-        return torch.cat([query, value])
-    return parameter[:0] if name.endswith(("to_k.bias", "key.bias")) else parameter
 
 
 @pytest.mark.parametrize("kind", ["t2i", "vilex"])

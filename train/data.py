@@ -25,6 +25,7 @@ from vilex.images import decode_image
 
 log = logging.getLogger(__name__)
 WHITE_SHARE = 0.5  # of the backgrounds of cut-out pictures; the rest are plain random colours
+RESIDENT_BYTES = 16e9  # of pixels that an accelerator holds; of more, it gets one batch at a time
 _CHUNK = 2048  # pictures decoded together: bounds the files held in memory
 
 
@@ -35,12 +36,14 @@ class Pictures:
     pixels: uint8 (S,3,H,W), multiplied by alpha, so that colours hidden under transparency are gone.
     alpha: uint8 (A,1,H,W) of the cut-out pictures only; row 0 is opaque and stands for all others.
     alpha_rows: int64 (S,), the row of each picture in `alpha`.
+    device: where batches go.
     """
 
     pixels: Tensor
     records: list[Record]
     alpha: Tensor
     alpha_rows: Tensor
+    device: torch.device = torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -51,9 +54,10 @@ class Pictures:
         return self.alpha_rows > 0
 
     def to(self, device: torch.device | str) -> "Pictures":
-        """The same pictures with their tensors on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("pixels", "alpha", "alpha_rows")}
-        return dataclasses.replace(self, **moved)
+        """The same pictures with their batches on another device, and all their tensors unless they are too many."""
+        names = ("pixels", "alpha", "alpha_rows") if self.pixels.nbytes <= RESIDENT_BYTES else ()
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return dataclasses.replace(self, **moved, device=torch.device(device))
 
     def fingerprint(self) -> str:
         """Their number, and 12 hex digits that change with any pixel, word or order, not with names of files."""
@@ -66,13 +70,12 @@ class Pictures:
 
     def batch(self, indices: Tensor, backgrounds: Tensor | None = None) -> Tensor:
         """Float pixels (B,3,H,W) in [-1,1], cut-outs laid on `backgrounds` (B,3) in [-1,1], white without them."""
-        device = self.pixels.device
-        indices = indices.to(device)
+        indices = indices.to(self.pixels.device)
         if backgrounds is None:
             backgrounds = torch.ones(len(indices), 3)
-        colours = self.pixels[indices].float() / 127.5  # (B,3,H,W)
-        alpha = self.alpha[self.alpha_rows[indices]].float() / 255  # (B,1,H,W)
-        plain = backgrounds.to(device, torch.float32)[:, :, None, None] + 1  # (B,3,1,1), [0,2] like colours
+        colours = self.pixels[indices].to(self.device).float() / 127.5  # (B,3,H,W)
+        alpha = self.alpha[self.alpha_rows[indices]].to(self.device).float() / 255  # (B,1,H,W)
+        plain = backgrounds.to(self.device, torch.float32)[:, :, None, None] + 1  # (B,3,1,1), [0,2] like colours
         return (colours + (1 - alpha) * plain - 1).clamp(-1, 1)
 
 

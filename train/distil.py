@@ -65,7 +65,7 @@ def distil_encoder(
     """
     sample = _draw(pictures, _statistics_rows(pictures), config.seed, _STATISTICS_EPOCH)
     features = TeacherFeatures(teacher, grid_side(encoder), sample)
-    head = _build_head(encoder, len(features.mean), config.seed).to(pictures.pixels.device)
+    head = _build_head(encoder, len(features.mean), config.seed).to(pictures.device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))

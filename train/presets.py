@@ -68,13 +68,14 @@ class TrainConfig(Config):
 
 @dataclass(frozen=True)
 class Preset:
-    """All of one model family."""
+    """All of one model family; without `unet` and `t2i` the text-to-image model is a finished one."""
 
-    unet: UNetConfig
     encoder: EncoderConfig
     pooler: PoolerConfig
-    t2i: TrainConfig
     vilex: TrainConfig
+    unet: UNetConfig | None = None
+    t2i: TrainConfig | None = None
+    encoder_init: str = "random"  # what train_vilex starts the tower from if not told
     context_length: int = 128
     source_weights: dict[str, float] = field(default_factory=dict)
 
@@ -91,6 +92,19 @@ SOURCE_WEIGHTS = {
     "flowers102": 0.04,
     "openclipart": 0.04,
 }
+
+# The paper's, for a tower that is trained already. Source: ViLex (CVPR 2025).
+PAPER_SCHEDULE = TrainConfig(
+    batch_size=2048,
+    max_steps=300_000,
+    learning_rate=3e-4,
+    encoder_learning_rate=1e-5,
+    warmup_steps=10_000,
+    sample_every=5000,
+    save_every=1000,
+    log_every=50,
+)
+SIGLIP = EncoderConfig(open_clip="ViT-SO400M-14-SigLIP-384")  # 428M parameters, 27x27 patch tokens of width 1152
 
 PRESETS = {
     "tiny": Preset(
@@ -159,6 +173,19 @@ PRESETS = {
             log_every=50,
         ),
         source_weights=SOURCE_WEIGHTS,
+    ),
+    # For GPU nodes; the hub gives the tower and, with --t2i OWNER/NAME, the text-to-image model.
+    "sd15": Preset(
+        encoder=SIGLIP,
+        pooler=PoolerConfig(width=768, heads=12, patch_width=1152),
+        vilex=PAPER_SCHEDULE,
+        encoder_init="open_clip:webli",
+    ),
+    "sd21": Preset(
+        encoder=SIGLIP,
+        pooler=PoolerConfig(width=1024, heads=16, patch_width=1152),
+        vilex=PAPER_SCHEDULE,
+        encoder_init="open_clip:webli",
     ),
 }
 

@@ -39,7 +39,13 @@ class RunOptions:
 
 
 _OPTIONS = (
-    click.option("--preset", type=click.Choice(sorted(PRESETS)), default="nano", show_default=True),
+    click.option(
+        "--preset",
+        type=click.Choice(sorted(PRESETS)),
+        default="nano",
+        show_default=True,
+        help="tiny: tests; nano: a CPU; mini: one GPU; sd15, sd21: Stable Diffusion with SigLIP, for a GPU node.",
+    ),
     click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME."),
     click.option("--validation", multiple=True, help="Held-out pictures, read like --data."),
     click.option("--limit", type=click.IntRange(min=1), help="Read only this many pictures."),

@@ -69,6 +69,14 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
     return EmbeddedModel(config, tokenizer, encoder, denoiser, scheduler)
 
 
+def trainable_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError when its text-to-image model is a finished one."""
+    if PRESETS[name].unet is None:
+        others = ", ".join(sorted(other for other, preset in PRESETS.items() if preset.unet))
+        raise ValueError(f"preset {name} takes a finished text-to-image model; those to train are of {others}")
+    return PRESETS[name]
+
+
 def _load_model(preset: Preset, text_encoder: str | None, folder: Path) -> TextToImage:
     t2i = load_t2i(folder, text_encoder)
     if not t2i.embedded:
@@ -185,8 +193,8 @@ def main(
 ) -> None:
     """Train the embedded text-to-image model."""
     start(threads)
-    recipe = PRESETS[preset]
     with usage_errors():
+        recipe = trainable_preset(preset)
         config = override(recipe.t2i, overrides)
         pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)

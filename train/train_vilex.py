@@ -6,6 +6,11 @@
 The loss is the diffusion loss of the frozen model; gradients pass through its denoiser and text encoder to
 the tokens. Half of the batches hold the image alone, half the image with words. With `--encoder-init teacher`
 a new tower first learns from a trained network. Source: ViLex (CVPR 2025).
+
+The presets sd15 and sd21 follow the paper with Stable Diffusion and SigLIP; they need a GPU node and the hub:
+
+    torchrun --nproc-per-node 8 -m train.train_vilex --preset sd21 --t2i OWNER/STABLE-DIFFUSION-2-1 \
+        --data 'shards/*.tar' --accumulate 16 --out runs/sd21
 """
 
 import re
@@ -213,12 +218,15 @@ def build_model(
 
 
 def read_encoder_init(
-    encoder_init: str, distil_steps: int | None, init_from: Path | None, seed: int
+    encoder_init: str | None, distil_steps: int | None, init_from: Path | None, seed: int, default: str = "random"
 ) -> tuple[DistilConfig | None, str | None]:
     """The distillation to do first and the tag of open_clip's weights, each None if not asked for.
 
+    Without encoder_init it is `default`, and with init_from neither.
     Raises ValueError on another word and on flags that clash.
     """
+    if encoder_init is None:
+        encoder_init = default if init_from is None else "random"
     if encoder_init not in ("random", "teacher") and not re.fullmatch("open_clip:.+", encoder_init):
         raise ValueError(f"--encoder-init must be random, teacher or open_clip:TAG, got {encoder_init!r}")
     if encoder_init != "random" and init_from is not None:
@@ -237,15 +245,13 @@ def read_encoder_init(
     "t2i_folder",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the frozen text-to-image model.",
+    help="The frozen text-to-image model: a folder in diffusers layout or a hub id.",
 )
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
 @click.option(
     "--encoder-init",
-    default="random",
-    show_default=True,
     metavar="random|teacher|open_clip:TAG",
-    help="Start of the vision tower; teacher: distilled from EfficientNet-lite2.",
+    help="Start of the vision tower, instead of the preset's; teacher: distilled from EfficientNet-lite2.",
 )
 @click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
 @click.option(
@@ -265,7 +271,7 @@ def main(
     text_encoder: str | None,
     t2i_folder: Path,
     init_from: Path | None,
-    encoder_init: str,
+    encoder_init: str | None,
     distil_steps: int | None,
     spell_steps: int,
     threads: int | None,
@@ -280,7 +286,7 @@ def main(
     recipe = PRESETS[preset]
     with usage_errors():
         config = override(recipe.vilex, overrides)
-        distil, pretrained = read_encoder_init(encoder_init, distil_steps, init_from, config.seed)
+        distil, pretrained = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init)
         t2i = load_t2i(t2i_folder, text_encoder)
         pictures, held_out = load_data(t2i.image_size, data, validation, limit)
         model = build_model(recipe, t2i, init_from, config.seed, pretrained)

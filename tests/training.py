@@ -1,0 +1,79 @@
+"""What tests of the trainers share: a small table, the command lines, and what a run leaves behind."""
+
+import io
+from pathlib import Path
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from click.testing import CliRunner, Result
+from PIL import Image
+from torch import Tensor, nn
+
+
+def write_table(path: Path) -> None:
+    """Twelve 32 px pictures of sixteen plain cells; the fourth is cut out."""
+    chance, rows = np.random.default_rng(0), []
+    for i in range(12):
+        cells = chance.integers(0, 256, (4, 4, 3 + (i == 3)), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(cells).resize((32, 32), Image.Resampling.NEAREST).save(file, "png")
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "source": "emoji", "style": "sketch",
+                     "label": "dog" if i % 2 else "cat"})  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def reset_accelerate() -> None:
+    """accelerate keeps its settings for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def invoke(command: click.Command, *arguments: object) -> Result:
+    """What a trainer's command line gives."""
+    reset_accelerate()
+    return CliRunner().invoke(command, [*map(str, arguments)])
+
+
+def succeed(command: click.Command, *arguments: object) -> Result:
+    """The same, and it must have gone well."""
+    result = invoke(command, *arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def checkpoint(folder: Path) -> dict:
+    """What a run saved."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Bit-equal trees of tensors and plain values."""
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def visible(name: str, parameter: Tensor) -> Tensor:
+    """What of a parameter the loss depends on: softmax cancels a key's bias, whose gradient is rounding alone."""
+    if name.endswith("qkv.bias"):
+        query, _, value = parameter.chunk(3)
+        return torch.cat([query, value])
+    return parameter[:0] if name.endswith(("to_k.bias", "key.bias")) else parameter
