@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from vilex.config import PoolerConfig
@@ -142,3 +143,26 @@ def test_tail_drop_is_a_function_of_the_generator():
         for generator in (torch.Generator().manual_seed(6), torch.Generator().manual_seed(6))
     )
     assert first == second
+
+
+def test_attention_lies_on_the_picture_as_the_encoder_sees_it(pipeline, picture, monkeypatch):
+    maps = pipeline.attention(picture, "pad")
+    queries, side = pipeline.vilex.pooler.config.num_queries, pipeline.vilex.encoder.image_size // 8
+    assert maps.shape == (queries, side, side)
+    torch.testing.assert_close(maps.sum((1, 2)), torch.ones(queries))
+    assert not torch.equal(maps, pipeline.attention(picture, "crop"))
+
+    def light_up(patch_tokens: torch.Tensor) -> torch.Tensor:
+        return (patch_tokens[:1] - dark).norm(dim=-1)[:, None]  # (1,1,P)
+
+    dark = pipeline.vilex.encoder(torch.full((1, 3, 8 * side, 8 * side), -1.0))
+    monkeypatch.setattr(pipeline.vilex.pooler, "attention_maps", light_up)
+    night = Image.new("RGB", (8 * side, 8 * side))
+    night.paste("white", (16, 8, 24, 16))  # third patch of the second row
+    assert pipeline.attention(night)[0].argmax() == 1 * side + 2
+
+
+def test_patches_that_form_no_square_are_refused(pipeline, picture, monkeypatch):
+    monkeypatch.setattr(pipeline.vilex.pooler, "attention_maps", lambda _: torch.ones(1, 4, 15) / 15)
+    with pytest.raises(ValueError, match="the encoder's 15 patches form no square"):
+        pipeline.attention(picture)

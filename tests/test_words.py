@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vilex import words
 from vilex.images import fit_image, load_image
+from vilex.prompt import embedding_module
 from vilex.words import (
     Neighbour,
     blend,
@@ -192,6 +193,17 @@ def test_word_distance_does_not_depend_on_its_chunks(tokenizer, table, monkeypat
     monkeypatch.setattr(words, "_CHUNK", chunk)
     monkeypatch.setattr(words, "_SAMPLED_WORDS", sampled)
     torch.testing.assert_close(word_distance(tokens, table, tokenizer), expected)
+
+
+def test_a_pipeline_reads_tokens_in_the_words_of_its_text_encoder(pipeline):
+    table = embedding_module(pipeline.t2i.text_encoder).weight
+    ids = pipeline.t2i.tokenizer.convert_tokens_to_ids(["beach", "monet"])
+    readings = pipeline.read(table[ids], 3)
+    assert [reading.neighbours[0].word for reading in readings] == ["beach", "monet"]
+    assert all(len(reading.neighbours) == 3 for reading in readings)
+    assert [reading.distance for reading in readings] == pytest.approx([0, 0], abs=0.01)
+    [between] = pipeline.read(table[ids].mean(0, keepdim=True), 3)
+    assert between.distance > 0.1
 
 
 @given(st.lists(counts, max_size=30), counts, seeds)

@@ -111,7 +111,7 @@ class GenerationConfig(Config):
     num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS, "ViLex tokens kept of each image")
     num_images: int = setting(1, 1, 16, "pictures per request; picture i uses seed + i")
     seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the first picture")
-    num_inference_steps: int = setting(20, 1, 200, "denoising steps")
+    num_inference_steps: int = setting(20, 1, 100, "denoising steps")
     guidance_scale: float = setting(2.0, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
     tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 ignores the words, 1 = plain joint")
     guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")

@@ -1,5 +1,6 @@
 """From a picture to pictures: encode, compose, sample, decode."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, Generati
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
-from vilex.prompt import ComposedPrompt, compose, has_words, words_removed
+from vilex.prompt import ComposedPrompt, compose, embedding_module, has_words, words_removed
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
+from vilex.words import Reading, nearest_words, word_distance
 
 Fit = Literal["crop", "pad"]
 Word = Image.Image | Tensor  # a picture, or its ViLex tokens (N,D)
@@ -100,10 +102,37 @@ class VilexPipeline:
     ) -> Tensor:
         """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has."""
         num_tokens = min(num_tokens, self.vilex.pooler.config.num_queries)
-        size = self.vilex.encoder.image_size
         images = [images] if isinstance(images, Image.Image) else list(images)
-        pixels = to_pixels([fit_image(image, size, fit) for image in images])  # (B,3,H,W)
-        return self.vilex(pixels.to(self.device), num_tokens)
+        return self.vilex(self._pixels(images, fit), num_tokens)
+
+    @torch.no_grad()
+    def attention(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
+        """Where on the picture each token's query looked, (N,h,w) over the encoder's patches; each map sums to 1.
+
+        Of the pooler's last block, mean over heads. The map covers what the encoder sees (`fit_image`), and a tower's
+        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no square.
+        """
+        patch_tokens = self.vilex.encoder(self._pixels([image], fit))  # (1,P,D_vit)
+        maps = self.vilex.pooler.attention_maps(patch_tokens)[0]  # (N,P)
+        side = math.isqrt(maps.shape[1])
+        if side**2 != maps.shape[1]:
+            raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
+        return maps.unflatten(1, (side, side))  # (N,h,w)
+
+    def read(self, vilex_tokens: Tensor, count: int = 5) -> list[Reading]:
+        """A Reading with `count` words of each of vilex_tokens (N,D): a hint, not a fact.
+
+        With several text encoders the first one's words count, and its columns of the tokens.
+        """
+        table, tokenizer = embedding_module(self.t2i.text_encoder).weight, self.t2i.tokenizer
+        tokens = vilex_tokens[:, : self.t2i.text_widths[0]]
+        nearest = nearest_words(tokens, table, tokenizer, count)
+        distances = word_distance(tokens, table, tokenizer).tolist()
+        return [Reading(tuple(words), distance) for words, distance in zip(nearest, distances, strict=True)]
+
+    def _pixels(self, images: Sequence[Image.Image], fit: Fit) -> Tensor:
+        size = self.vilex.encoder.image_size
+        return to_pixels([fit_image(image, size, fit) for image in images]).to(self.device)  # (B,3,H,W)
 
     def compose(
         self,

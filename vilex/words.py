@@ -41,6 +41,17 @@ class Neighbour:
     similarity: float
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A hint on what one token says: the words nearest to it, the nearest first, and how far that one is.
+
+    A distance of 1 is as far as words lie from one another.
+    """
+
+    neighbours: tuple[Neighbour, ...]
+    distance: float
+
+
 def blend(first: Tensor, second: Tensor, share: float) -> Tensor:
     """Tokens between two pictures: `first` (N,D) at share 0, `second` (M,D) at 1.
 
