@@ -11,7 +11,7 @@ from torch import Tensor
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler
 from vilex.prompt import compose
-from vilex.sampling import Conditions, build_scheduler, draw_noise, sample, sample_steps
+from vilex.sampling import Conditions, build_scheduler, count_branches, draw_noise, sample, sample_steps
 
 
 def encode(t2i: TextToImage, text: str, *vectors: Tensor) -> Conditioning:
@@ -208,3 +208,40 @@ def test_output_that_is_not_finite_is_reported(t2i, conditions, value):
     t2i.denoise = lambda noisy_latents, timesteps, condition: noisy_latents * value
     with pytest.raises(FloatingPointError, match="values that are not finite at step 1; try dtype float32"):
         sample(t2i, conditions, GenerationConfig(num_inference_steps=3))
+
+
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "euler"])
+def test_pictures_that_leave_the_batch_do_not_change_the_others(stable_diffusion, name):
+    t2i, config = stable_diffusion, GenerationConfig(num_inference_steps=6, scheduler=name)
+    texts = [encode(t2i, text) for text in ("dog", "cat", "a red house")]
+    conditions = Conditions(encode(t2i, ""), joint=Conditioning.concatenate(texts))
+    steps = sample_steps(t2i, conditions, config, seeds=[7, 3, 5])
+    calls = spy(t2i)
+    next(steps)
+    next(steps)
+    assert len(steps.send(torch.tensor([2, 0])).latents) == 2
+    assert len(next(steps).latents) == 2
+    last = steps.send(torch.tensor([1]))
+    assert [rows for _, rows in calls] == [6, 6, 4, 4, 2]
+    *_, last = steps
+    alone = sample(t2i, Conditions(conditions.uncond, joint=texts[0]), config, seeds=[7])
+    assert (to_levels(t2i, last.latents) - to_levels(t2i, alone)).abs().max() <= 2
+
+
+def test_conditions_for_another_number_of_pictures_are_refused(t2i, conditions):
+    both = Conditions(conditions.uncond, Conditioning.concatenate([conditions.image] * 2))
+    with pytest.raises(ValueError, match="conditions for 2 pictures cannot serve 3"):
+        next(sample_steps(t2i, both, GenerationConfig(num_images=3)))
+
+
+@pytest.mark.parametrize(
+    ("guidance_scale", "tfg_scale", "branches"),
+    [(1, 1, 1), (1, 0.5, 2), (2, 1, 3), (2, 2, 2), (0.5, 0.5, 2), (2, 0, 2)],
+)
+def test_the_most_branches_of_any_step(t2i, conditions, guidance_scale, tfg_scale, branches):
+    config = GenerationConfig(
+        guidance_scale=guidance_scale, tfg_scale=tfg_scale, guidance_high=0.5, num_inference_steps=4
+    )
+    calls = spy(t2i)
+    sample(t2i, conditions, config)
+    assert count_branches(conditions, config) == branches == max(rows for _, rows in calls)

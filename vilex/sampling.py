@@ -3,9 +3,9 @@
 `sample_steps` is a generator: closing it is how a caller stops within one step.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import torch
 from diffusers import (
@@ -32,6 +32,29 @@ class Conditions:
     uncond: Conditioning
     image: Conditioning | None = None
     joint: Conditioning | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the branches that are there."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    def expand(self, num_images: int) -> Self:
+        """The same conditions with a row per picture. Raises ValueError when some have another number of rows."""
+        branches = {name: getattr(self, name) for name in self.names}
+        if wrong := {len(c.prompt_embeds) for c in branches.values()} - {1, num_images}:
+            raise ValueError(f"conditions for {max(wrong)} pictures cannot serve {num_images}")
+        expanded = {k: c.expand(num_images) if len(c.prompt_embeds) == 1 else c for k, c in branches.items()}
+        return replace(self, **expanded)
+
+    def select(self, rows: Tensor) -> Self:
+        """The conditions of some pictures, rows int64 (K,), of conditions with a row per picture."""
+        return replace(self, **{name: _select(getattr(self, name), rows) for name in self.names})
+
+    @staticmethod
+    def concatenate(conditions: Sequence["Conditions"]) -> "Conditions":
+        """One batch of several conditions that have the same branches and a row per picture each."""
+        names = conditions[0].names
+        return Conditions(**{name: Conditioning.concatenate([getattr(c, name) for c in conditions]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -121,17 +144,19 @@ def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
 @torch.no_grad()
 def sample_steps(
     t2i: TextToImage, conditions: Conditions, config: GenerationConfig, seeds: list[int] | None = None
-) -> Iterator[Step]:
+) -> Generator[Step, Tensor | None, None]:
     """Denoises one picture per seed, yielding after each step; the last Step holds the result.
 
-    Without `seeds` there are config.num_images of them from config.seed on.
+    Without `seeds` there are config.num_images of them from config.seed on. What is sent to the generator, rows
+    int64 (K,), are the pictures to go on with; the others leave the batch.
     Raises FloatingPointError when the model's output is not finite.
     """
     seeds = seeds or [config.seed + i for i in range(config.num_images)]
     like = next(t2i.denoiser.parameters())  # the denoiser's own `dtype` and `device` search all its parameters
     scheduler = build_scheduler(config.scheduler, t2i, config.num_inference_steps)
+    conditions = conditions.expand(len(seeds))
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
-    batches = {needed: _batch(conditions, needed, len(seeds), like) for needed in {w.needed for w in weights}}
+    batches = {needed: _batch(conditions, needed, like) for needed in {w.needed for w in weights}}
     noisy_latents = draw_noise(seeds, t2i.latent_shape).to(like.device) * scheduler.init_noise_sigma
     for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
         model_input = scheduler.scale_model_input(noisy_latents, t)
@@ -141,7 +166,12 @@ def sample_steps(
         noisy_latents = scheduler.step(prediction, t, noisy_latents, return_dict=False)[0]
         last = i + 1 == len(weights)
         estimate = noisy_latents if last else t2i.estimate_clean(model_input, prediction, t)
-        yield Step(i, len(weights), estimate)
+        kept = yield Step(i, len(weights), estimate)
+        if kept is not None:
+            kept = kept.to(like.device)
+            noisy_latents, conditions = noisy_latents[kept], conditions.select(kept)
+            batches = {needed: _batch(conditions, needed, like) for needed in batches}
+            _keep_history(scheduler, kept)
 
 
 def sample(
@@ -168,10 +198,25 @@ def _weights_at(
     return branch_weights(conditions.image is not None, conditions.joint is not None, *scales)
 
 
-def _batch(conditions: Conditions, needed: tuple[str, ...], num_images: int, like: Tensor) -> Conditioning:
-    branches = [getattr(conditions, name) for name in needed]
-    expanded = [c.expand(num_images) if len(c.prompt_embeds) == 1 else c for c in branches]
-    return Conditioning.concatenate(expanded).to(like.device, like.dtype)
+def count_branches(conditions: Conditions, config: GenerationConfig) -> int:
+    """The most predictions per picture that any step of a sample makes."""
+    has_images, has_words = conditions.image is not None, conditions.joint is not None
+    inside = (config.guidance_scale, config.tfg_scale)
+    return max(len(branch_weights(has_images, has_words, *s).needed) for s in (inside, outside_interval(*inside)))
+
+
+def _select(condition: Conditioning, rows: Tensor) -> Conditioning:
+    tensors = {f.name: getattr(condition, f.name) for f in fields(condition)}
+    return replace(condition, **{k: v[rows.to(v.device)] for k, v in tensors.items() if v is not None})
+
+
+def _keep_history(scheduler: SchedulerMixin, rows: Tensor) -> None:
+    if isinstance(scheduler, DPMSolverMultistepScheduler):  # the others do not look back
+        scheduler.model_outputs = [None if x is None else x[rows] for x in scheduler.model_outputs]
+
+
+def _batch(conditions: Conditions, needed: tuple[str, ...], like: Tensor) -> Conditioning:
+    return Conditioning.concatenate([getattr(conditions, name) for name in needed]).to(like.device, like.dtype)
 
 
 def _predict(
