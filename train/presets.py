@@ -22,6 +22,7 @@ class UNetConfig(Config):
     pixel_unshuffle: int = setting(4, 1, 16)
     image_size: int = setting(64, 8, 1024, "pixels")
     position_frequencies: int = setting(3, 0, 8, "waves per axis that tell the denoiser where it is")
+    token_frequencies: int = setting(32, 0, 64, "waves that tell the denoiser where in the prompt a token stands")
     layers_per_block: int = setting(1, 1, 4)
     heads: int = setting(4, 1, 32, "attention heads, at every resolution")
     norm_num_groups: int = setting(8, 1, 64)
@@ -131,10 +132,10 @@ PRESETS = {
         encoder=EncoderConfig(width=192, layers=5, heads=6, patch_size=8),
         pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
         t2i=TrainConfig(
-            batch_size=32,
+            batch_size=16,
             noise_draws=2,
             max_steps=4000,
-            learning_rate=7e-4,
+            learning_rate=5e-4,
             warmup_steps=100,
             caption_variants=2,
             save_every=250,
@@ -203,7 +204,7 @@ def build_unet(config: UNetConfig, text_width: int) -> UNet2DConditionModel:
         down_block_types=down,
         up_block_types=up,
         layers_per_block=config.layers_per_block,
-        cross_attention_dim=text_width,
+        cross_attention_dim=text_width + 2 * config.token_frequencies,
         attention_head_dim=config.heads,  # diffusers means the number of heads
         norm_num_groups=config.norm_num_groups,
         class_embed_type="projection",
