@@ -10,8 +10,8 @@ import vilex  # noqa: I001  first: it mends a mismatched torchvision
 
 import pytest
 import torch
-from builders import build_bert, build_clip, build_tokenizer
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from builders import build_bert, build_clip, build_latent_unet, build_tokenizer, build_vae
+from diffusers import DDPMScheduler
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -36,7 +36,9 @@ def t2i(tokenizer: PreTrainedTokenizerFast) -> TextToImage:
     """An embedded 32 px model with a 24-position context, random from a fixed seed."""
     torch.manual_seed(0)
     unet = build_unet(PRESETS["tiny"].unet, text_width=8)
-    config = T2IConfig(pixel_unshuffle=4, position_frequencies=3, context_length=24, text_encoder="")
+    config = T2IConfig(
+        pixel_unshuffle=4, position_frequencies=3, token_frequencies=32, context_length=24, text_encoder=""
+    )
     return EmbeddedModel(config, tokenizer, build_bert(len(tokenizer)), unet, build_noise_scheduler())
 
 
@@ -45,17 +47,8 @@ def stable_diffusion() -> TextToImage:
     """A model in Stable Diffusion's layout: 16 px pictures, 8x8 latents, CLIP text."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer("clip")
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(4, 8), latent_channels=4, norm_num_groups=4, sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return StableDiffusion([tokenizer], [build_clip(tokenizer)], unet, scheduler, vae)
+    return StableDiffusion([tokenizer], [build_clip(tokenizer)], build_latent_unet(), scheduler, build_vae())
 
 
 @pytest.fixture

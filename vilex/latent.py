@@ -76,7 +76,7 @@ class LatentModel(TextToImage):
         texts = _numbered("text_encoder", count) + _numbered("tokenizer", count)
         return [cls.denoiser_name, "scheduler", "vae", *texts]
 
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         values = chain([self.denoiser, self.scheduler, self.vae], self.text_encoders, self.tokenizers)
         return dict(zip(self.part_names(), values, strict=True))
 

@@ -186,7 +186,7 @@ class TextToImage(nn.Module, ABC):
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts = self._parts()
+        parts = self.parts()
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 narrow = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns about casts
@@ -198,7 +198,7 @@ class TextToImage(nn.Module, ABC):
         index |= {name: [kind.__module__.partition(".")[0], kind.__name__] for name, kind in classes.items()}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Any]:
         """What to write, by folder."""
         return {self.denoiser_name: self.denoiser, "scheduler": self.scheduler}
 

@@ -1,0 +1,413 @@
+"""Stable Diffusion, SDXL and Stable Diffusion 3: each loads from diffusers' own files and behaves as its pipeline."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from builders import build_pipeline, build_tokenizer
+from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from train.batches import tabulate
+from train.loss import diffusion_loss, draw_noise, loss_weights
+from train.presets import PRESETS
+from train.train_vilex import build_model
+from vilex.config import GenerationConfig
+from vilex.diffusion import Conditioning, TextToImage, load_t2i
+from vilex.latent import StableDiffusionXL
+from vilex.pipeline import VilexPipeline
+from vilex.prompt import compose, compose_leading, special_tokens
+from vilex.sampling import Conditions, build_scheduler, sample, sample_steps
+from vilex.sampling import draw_noise as draw_latents
+
+TEXT = "a red dog on the beach , monet style"
+LONG = "dog cat " * 30
+KINDS = ("sd", "sdxl", "sd3")
+PARTS = {
+    "sd": ["unet", "vae", "text_encoder"],
+    "sdxl": ["unet", "vae", "text_encoder", "text_encoder_2"],
+    "sd3": ["transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"],
+}
+
+
+@dataclass
+class Case:
+    """diffusers' pipeline, the folder it wrote, and what we read there."""
+
+    kind: str
+    stock: DiffusionPipeline
+    folder: Path
+    t2i: TextToImage
+
+
+def build_case(kind: str, folder: Path) -> Case:
+    stock = build_pipeline(kind)
+    stock.save_pretrained(folder)
+    t2i = load_t2i(folder)
+    # The very same tensors: memory that is aligned in another way gives other last bits
+    stock.register_modules(**{name: part for name, part in t2i.parts().items() if name in PARTS[kind]})
+    return Case(kind, stock, folder, t2i)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request, tmp_path_factory) -> Case:
+    return build_case(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory) -> TextToImage:
+    return build_case("sd3", tmp_path_factory.mktemp("sd3")).t2i
+
+
+def encode(t2i: TextToImage, text: str, *vectors: Tensor) -> Conditioning:
+    return t2i.encode_prompt(compose(text, vectors, t2i.tokenizer, t2i.config.context_length))
+
+
+def stock_encode(case: Case, text: str, **options: object) -> list[Tensor | None]:
+    """prompt_embeds, the negative's, pooled and the negative's of diffusers' own pipeline."""
+    if case.kind == "sd":
+        return [*case.stock.encode_prompt(text, "cpu", 1, **options), None, None]
+    others = {"prompt_2": None, "prompt_3": None} if case.kind == "sd3" else {}
+    return list(case.stock.encode_prompt(text, **others, **options))
+
+
+def draw(t2i: TextToImage, joint: Conditioning, **changes: object) -> Tensor:
+    config = GenerationConfig(num_inference_steps=3, guidance_scale=3, scheduler="euler", **changes)
+    with torch.no_grad():
+        return sample(t2i, Conditions(encode(t2i, ""), joint=joint), config)
+
+
+# Parity with the stock pipelines
+
+
+def test_every_part_is_the_one_that_diffusers_wrote(case):
+    stock = build_pipeline(case.kind)
+    for name in PARTS[case.kind]:
+        expected, ours = getattr(stock, name).state_dict(), case.t2i.parts()[name].state_dict()
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("text", [TEXT, "dog", LONG])
+def test_words_alone_equal_the_stock_pipelines_own_encoding(case, text):
+    expected, _, pooled, _ = stock_encode(case, text, do_classifier_free_guidance=False)
+    ours = encode(case.t2i, text)
+    assert torch.equal(ours.prompt_embeds, expected)
+    assert (ours.pooled is None) == (pooled is None) == (case.kind == "sd")
+    assert pooled is None or torch.equal(ours.pooled, pooled)
+
+
+@torch.no_grad()
+def test_nothing_equals_the_stock_pipelines_default_negative(case):
+    _, expected, _, pooled = stock_encode(case, TEXT, do_classifier_free_guidance=True)
+    ours = encode(case.t2i, "")
+    assert torch.equal(ours.prompt_embeds, expected)
+    assert pooled is None or torch.equal(ours.pooled, pooled)
+
+
+@torch.no_grad()
+def test_nothing_is_words_to_an_sdxl_that_says_so(tmp_path):
+    case = build_case("sdxl", tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("true", "false"))
+    expected, _, pooled, _ = stock_encode(case, "", do_classifier_free_guidance=False)
+    ours = encode(load_t2i(tmp_path), "")
+    assert torch.equal(ours.prompt_embeds, expected) and torch.equal(ours.pooled, pooled)
+    assert expected.abs().max() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", ["blue cat", None])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_samples_equal_the_stock_pipelines_own(case, steps, negative):
+    if case.kind != "sd3":
+        scheduler = EulerDiscreteScheduler.from_config(case.stock.scheduler.config, timestep_spacing="trailing")
+        case.stock.scheduler = scheduler
+    expected = case.stock(
+        TEXT, num_images_per_prompt=2, latents=draw_latents([5, 6], case.t2i.latent_shape), num_inference_steps=steps,
+        guidance_scale=3.0, negative_prompt=negative, output_type="latent",
+    ).images  # fmt: skip
+    conditions = Conditions(encode(case.t2i, negative or ""), joint=encode(case.t2i, TEXT))
+    config = GenerationConfig(seed=5, num_images=2, num_inference_steps=steps, guidance_scale=3.0, scheduler="euler")
+    ours, scale = sample(case.t2i, conditions, config), expected.abs().max()
+    torch.testing.assert_close(ours / scale, expected / scale, atol=1e-4, rtol=0)
+    other = sample(case.t2i, Conditions(conditions.uncond, joint=encode(case.t2i, "a green sketch")), config)
+    assert (other - expected).abs().max() / scale > 1e-2  # words matter far more than the tolerance
+
+
+@torch.no_grad()
+def test_pictures_equal_the_stock_pipelines_own(case):
+    latents = torch.randn(2, *case.t2i.latent_shape)
+    config = case.stock.vae.config
+    expected = case.stock.vae.decode(latents / config.scaling_factor + (config.shift_factor or 0)).sample.clamp(-1, 1)
+    assert torch.equal(case.t2i.decode(latents), expected)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    again = case.t2i.encode(pixels) / config.scaling_factor + (config.shift_factor or 0)
+    torch.testing.assert_close(again, case.stock.vae.encode(pixels).latent_dist.mean)
+    assert case.t2i.image_size == 16
+
+
+# ViLex tokens
+
+
+def test_tokens_are_as_wide_as_all_text_encoders_together(case):
+    assert case.t2i.text_widths == {"sd": [8], "sdxl": [8, 12], "sd3": [8, 12, 24]}[case.kind]
+    mean, std = case.t2i.word_statistics()
+    assert mean.shape == std.shape == (case.t2i.text_width,)
+    for encoder, ours in zip(case.t2i.text_encoders, std.split(case.t2i.text_widths), strict=True):
+        torch.testing.assert_close(ours, encoder.get_input_embeddings().weight.std(0))
+
+
+def test_each_text_encoder_reads_its_own_columns(case):
+    """A vector's change in one encoder's columns changes the sample, and no other encoder's states."""
+    t2i, generator = case.t2i, torch.Generator().manual_seed(3)
+    vectors = torch.randn(5, t2i.text_width, generator=generator)
+    before = encode(t2i, "a <image> dog", vectors)
+    drawn = draw(t2i, before)
+    first = 0
+    for i, width in enumerate(t2i.text_widths):
+        changed = vectors.clone()
+        changed[2, first : first + width] = torch.randn(width, generator=generator)
+        after = encode(t2i, "a <image> dog", changed)
+        assert (draw(t2i, after) - drawn).abs().max() > 1e-3
+        moved = (after.prompt_embeds - before.prompt_embeds).abs() > 1e-5
+        assert torch.equal(moved.any(1)[0].nonzero().flatten(), states_of(case, i)[1])
+        assert set(moved.any(2)[0].nonzero().flatten().tolist()) <= set(states_of(case, i)[0].tolist())
+        first += width
+
+
+def states_of(case: Case, encoder: int) -> tuple[Tensor, Tensor]:
+    """Positions and columns that a text encoder's states fill in prompt_embeds; CLIP looks only back."""
+    starts = [0, 8, 0] if case.kind == "sd3" else [0, 8]
+    width = case.t2i.text_widths[encoder]
+    positions = torch.arange(24, 280) if encoder == 2 else torch.arange(4, 24)  # BOS, "a", then the second vector
+    return positions, torch.arange(starts[encoder], starts[encoder] + width)
+
+
+def test_gradient_reaches_every_vector_through_every_text_encoder(case):
+    before = {name: tensor.clone() for name, tensor in case.t2i.state_dict().items()}
+    vectors = torch.randn(5, case.t2i.text_width, requires_grad=True)
+    condition = encode(case.t2i, "a <image> dog", vectors)
+    noisy = torch.randn(1, *case.t2i.latent_shape)
+    case.t2i.denoise(noisy, torch.tensor([300]), condition).square().mean().backward()
+    for gradient in vectors.grad.split(case.t2i.text_widths, dim=-1):
+        assert (gradient.abs().sum(1) > 0).all()
+    assert not any(p.requires_grad or p.grad is not None for p in case.t2i.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in case.t2i.state_dict().items())
+
+
+def test_a_batch_of_training_prompts_equals_prompts_one_by_one(case):
+    t2i, vectors = case.t2i, torch.randn(2, 3, case.t2i.text_width)
+    texts = ["a dog on the beach", ""]
+    words = [t2i.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    ids, mask = torch.zeros(2, 6).long(), torch.zeros(2, 6).bool()
+    ids[0, : len(words[0])], mask[0, : len(words[0])] = torch.tensor(words[0]), True
+    prompt = compose_leading(ids, mask, vectors, special_tokens(t2i.tokenizer), t2i.config.context_length)
+    with torch.no_grad():
+        together = t2i.encode_prompt(prompt)
+        alone = Conditioning.concatenate([encode(t2i, text, v) for text, v in zip(texts, vectors, strict=True)])
+    torch.testing.assert_close(together.prompt_embeds, alone.prompt_embeds, atol=1e-5, rtol=1e-5)
+    if case.kind != "sd":
+        torch.testing.assert_close(together.pooled, alone.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_words_that_clip_cuts_still_reach_t5(sd3):
+    with torch.no_grad():
+        a, b = (encode(sd3, "dog " * 22 + end).prompt_embeds for end in ("red cat", "blue cat"))
+    assert torch.equal(a[:, :24], b[:, :24])
+    assert not torch.equal(a[:, 24:], b[:, 24:])
+
+
+def test_the_whole_road_draws_and_decodes(case):
+    preset = PRESETS["tiny"]
+    pipeline = VilexPipeline(case.t2i, build_model(preset, case.t2i))
+    tokens = torch.randn(4, case.t2i.text_width)
+    for scheduler in ("dpm++", "ddim", "euler"):
+        config = GenerationConfig(num_inference_steps=2, num_images=2, tfg_scale=2.0, scheduler=scheduler)
+        drawn = pipeline.generate("a <image> dog", [tokens], config)
+        assert [image.size for image in drawn.images] == [(16, 16)] * 2
+
+
+# Training
+
+
+def test_thirty_steps_on_one_batch_halve_the_loss(case):
+    t2i = copy.deepcopy(case.t2i)
+    t2i.denoiser.requires_grad_(True).train()
+    captions = tabulate([["a red dog"], ["blue cat"]], t2i.tokenizer, t2i.config.context_length)
+    prompt = captions.prompt(torch.arange(2), torch.zeros(2).long(), trim=False)
+    vectors = torch.randn(2, 3, t2i.text_width, requires_grad=True)
+    latents = t2i.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    noise = draw_noise(t2i, 2, torch.Generator().manual_seed(1))
+    optimizer = torch.optim.Adam([*t2i.denoiser.parameters(), vectors], lr=1e-2)
+    losses = []
+    for _ in range(31):
+        ids, mask = prompt.input_ids[:, 1:5], prompt.attention_mask[:, 2:6]
+        leading = compose_leading(ids, mask, vectors, special_tokens(t2i.tokenizer), t2i.config.context_length)
+        loss = diffusion_loss(t2i, t2i.denoiser, latents, t2i.encode_prompt(leading), noise)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert (vectors.grad.abs().sum((0, 1)) > 0).all()
+
+
+def test_a_flows_timesteps_are_drawn_as_in_its_own_training(sd3):
+    timesteps = sd3.draw_timesteps(4000, torch.Generator().manual_seed(0))
+    assert timesteps.is_floating_point() and timesteps.min() > 0 and timesteps.max() <= 1000
+    assert timesteps.median() == pytest.approx(750, abs=15)  # one half, shifted by 3
+    share = (timesteps < 1000 * 3 * 0.269 / (1 + 2 * 0.269)).float().mean()  # a standard deviation below the median
+    assert share == pytest.approx(0.159, abs=0.02)
+
+
+def test_a_flow_goes_straight_from_the_picture_to_the_noise(sd3):
+    latents, noise = torch.rand(3, 2, 4, 5), torch.randn(3, 2, 4, 5)
+    noisy = sd3.add_noise(latents, noise, torch.tensor([0.0, 250.0, 1000.0]))
+    assert torch.equal(noisy[0], latents[0]) and torch.equal(noisy[2], noise[2])
+    torch.testing.assert_close(noisy[1], 0.75 * latents[1] + 0.25 * noise[1])
+    assert torch.equal(sd3.target(latents, noise, torch.tensor([1.0, 2.0, 3.0])), noise - latents)
+    assert sd3.snr(torch.tensor([250.0, 500.0])).tolist() == pytest.approx([9, 1])
+    weights = loss_weights(sd3, torch.tensor([100.0, 500.0]), snr_gamma=5.0)
+    assert weights.tolist() == pytest.approx([5 * 0.1**2, 0.5**2])  # of x0's error, in units of the velocity's
+    assert loss_weights(sd3, torch.tensor([100.0, 500.0])).tolist() == [1, 1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(level=st.floats(0.02, 1), seed=st.integers(0, 99))
+def test_the_clean_picture_follows_from_noise_and_target(case, level, seed):
+    t2i, generator = case.t2i, torch.Generator().manual_seed(seed)
+    latents, noise = (torch.randn(1, *t2i.latent_shape, generator=generator) for _ in range(2))
+    timestep = torch.tensor(level * 999) if case.kind == "sd3" else torch.tensor(int(level * 999))
+    noisy = t2i.add_noise(latents, noise, timestep[None])
+    estimate = t2i.estimate_clean(noisy, t2i.target(latents, noise, timestep[None]), timestep)
+    torch.testing.assert_close(estimate, latents, atol=1e-3, rtol=1e-3)
+
+
+# Sampling along a flow
+
+
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "euler"])
+@pytest.mark.parametrize("steps", [1, 2, 9, 61, 100])
+def test_an_oracle_gives_the_picture_back_along_a_flow(sd3, monkeypatch, name, steps):
+    clean = torch.randn(1, *sd3.latent_shape, generator=torch.Generator().manual_seed(7))
+
+    def denoise(noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
+        return (noisy_latents - clean) / (timesteps / 1000)[:, None, None, None]
+
+    monkeypatch.setattr(sd3, "denoise", denoise)
+    condition = encode(sd3, "dog")
+    config = GenerationConfig(num_inference_steps=steps, scheduler=name, guidance_scale=3, num_images=2)
+    estimates = [step.latents for step in sample_steps(sd3, Conditions(condition, joint=condition), config)]
+    assert len(estimates) == steps
+    for estimate in estimates:
+        torch.testing.assert_close(estimate, clean.expand(2, -1, -1, -1), atol=2e-3, rtol=0)
+
+
+def test_ddim_along_a_flow_is_eulers_method(sd3):
+    a, b = (build_scheduler(name, sd3, 5) for name in ("ddim", "euler"))
+    assert torch.equal(a.timesteps, b.timesteps) and a.timesteps[0] == 1000
+    dpm = build_scheduler("dpm++", sd3, 5)
+    torch.testing.assert_close(dpm.timesteps, dpm.sigmas[:-1] * 1000)
+    assert dpm.timesteps[0] > 999
+
+
+# Files
+
+
+def test_saved_models_come_back(case, tmp_path):
+    case.t2i.save_pretrained(tmp_path, dtype=torch.float32)
+    loaded = load_t2i(tmp_path)
+    assert type(loaded) is type(case.t2i)
+    expected = case.t2i.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    with torch.no_grad():
+        for text in (TEXT, ""):
+            assert torch.equal(encode(loaded, text).prompt_embeds, encode(case.t2i, text).prompt_embeds)
+        assert torch.equal(draw(loaded, encode(loaded, TEXT)), draw(case.t2i, encode(case.t2i, TEXT)))
+    stock = type(case.stock).from_pretrained(tmp_path)
+    assert stock.config.get("force_zeros_for_empty_prompt") == case.stock.config.get("force_zeros_for_empty_prompt")
+
+
+def test_files_hold_fp16_and_models_compute_in_fp32(case, tmp_path):
+    case.t2i.save_pretrained(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
+    loaded = load_t2i(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not any(module.training for module in loaded.modules())
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in PARTS.items() for part in parts])
+def test_a_missing_weight_of_any_part_is_refused(kind, part, tmp_path):
+    build_pipeline(kind).save_pretrained(tmp_path)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    weights = load_file(path)
+    key = sorted(weights)[-1]
+    del weights[key]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} does not fit .* is missing from the file"):
+        load_t2i(tmp_path)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_scheduler_that_shifts_with_the_size_is_refused(tmp_path):
+    build_pipeline("sd3").save_pretrained(tmp_path)
+    edit_json(tmp_path / "scheduler" / "scheduler_config.json", use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="shifts its timesteps with the picture's size, which is not supported"):
+        load_t2i(tmp_path)
+
+
+def test_tokenizers_of_two_vocabularies_are_refused(tmp_path):
+    build_pipeline("sdxl").save_pretrained(tmp_path)
+    build_tokenizer("bert").save_pretrained(tmp_path / "tokenizer_2")
+    with pytest.raises(ValueError, match="the two CLIP tokenizers have different vocabularies"):
+        load_t2i(tmp_path)
+
+
+def test_an_inpainting_denoiser_is_refused(tmp_path):
+    pipeline = build_pipeline("sd")
+    pipeline.unet = type(pipeline.unet).from_config(pipeline.unet.config, in_channels=9)
+    pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="takes 9 channels and gives 4; models that fill in or edit pictures"):
+        load_t2i(tmp_path)
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The hub's cache on this machine with one commit of owner/tiny-sdxl, as a download leaves it."""
+    commit = "a" * 40
+    repository = tmp_path / "models--owner--tiny-sdxl"
+    build_pipeline("sdxl").save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def test_a_hub_id_is_found_offline(hub):
+    assert isinstance(load_t2i("owner/tiny-sdxl"), StableDiffusionXL)
+    assert isinstance(load_t2i(Path("owner/tiny-sdxl")), StableDiffusionXL)
+
+
+@pytest.mark.parametrize("name", ["owner/missing", "owner/tiny sdxl", "nowhere", "/no/such/folder", "a/b/c"])
+def test_what_is_neither_a_folder_nor_at_the_hub_is_named(hub, name):
+    with pytest.raises(ValueError, match=f"^{name} holds no text-to-image model: [^\n]+$"):
+        load_t2i(name)
