@@ -55,12 +55,13 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int) -
     """The handlers and what the page says of machine and weights; without weights the page says how to get them."""
     try:
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype)
-        licence = weights_licence(Path(find_weights(model)))
+        folder = Path(find_weights(model))
+        licence = weights_licence(folder)
     except ValueError as error:
         click.echo(f"No weights: {error}", err=True)
         return Handlers(None, problem=str(error)), Notes(steps=steps)
     notes = Notes(steps, measure(pipeline), pipeline.device.type, licence)
-    return Handlers(pipeline, build_upsampler()), notes
+    return Handlers(pipeline, build_upsampler(), folder=folder), notes
 
 
 if __name__ == "__main__":

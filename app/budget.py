@@ -7,18 +7,19 @@ from typing import Literal
 
 import torch
 
+from app.cards import CardInput, unpack
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import parse, special_tokens, tokenize
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of the prompt: an image or one word, its slots, and whether it was cut."""
+    """A stretch of the prompt: an image or one word, the slots it has, and those it asked for."""
 
     kind: Literal["image", "word"]
     text: str
     slots: int
-    cut: bool = False
+    asked: int
 
 
 @dataclass(frozen=True)
@@ -31,31 +32,39 @@ class Budget:
 
     def count(self, kind: str) -> int:
         """Slots taken by images or by words."""
-        return sum(part.slots for part in self.parts if part.kind == kind and not part.cut)
+        return sum(part.slots for part in self.parts if part.kind == kind)
 
     @property
     def free(self) -> int:
         return self.capacity - self.count("image") - self.count("word")
 
 
-def spend(pipeline: VilexPipeline, prompt: str, num_images: int, num_tokens: int) -> Budget:
-    """The budget of a prompt with pictures of num_tokens each; no picture needs to be encoded for it.
+def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> Budget:
+    """The budget of a prompt with pictures; no picture needs to be encoded for it.
 
     Raises ValueError as VilexPipeline.compose does.
     """
-    tokens = torch.zeros(num_tokens, pipeline.t2i.text_width)
-    composed = pipeline.compose(prompt, [tokens] * num_images, num_tokens)
+    names = [card.name for card in cards]
+    tokens = [torch.zeros(_asked(pipeline, card), pipeline.t2i.text_width) for card in cards]
+    composed = pipeline.compose(prompt, tokens, names=names)
     special = special_tokens(pipeline.t2i.tokenizer)
     capacity = pipeline.t2i.config.context_length - len(special.prefix) - len(special.suffix)
     parts, words_left = [], composed.num_words
-    for segment in parse(prompt, num_images):
+    for segment in parse(prompt, len(cards), names):
         if isinstance(segment, int):
-            parts.append(Part("image", f"image {segment + 1}" if num_images > 1 else "image", composed.kept[segment]))
+            label = names[segment] or (f"image {segment + 1}" if len(cards) > 1 else "image")
+            parts.append(Part("image", label, composed.kept[segment], composed.asked[segment]))
             continue
-        for text, slots in _words(pipeline, segment):
-            parts.append(Part("word", text, slots, cut=slots > words_left))
-            words_left = max(0, words_left - slots)
+        for text, asked in _words(pipeline, segment):
+            parts.append(Part("word", text, min(asked, words_left), asked))
+            words_left -= parts[-1].slots
     return Budget(parts, capacity, composed.note)
+
+
+def _asked(pipeline: VilexPipeline, card: CardInput) -> int:
+    has_picture = card.picture is not None
+    most = pipeline.vilex.pooler.config.num_queries if has_picture else len(unpack(card.word).vilex_tokens)
+    return min(int(card.num_tokens), most)
 
 
 def _words(pipeline: VilexPipeline, text: str) -> list[tuple[str, int]]:
@@ -68,18 +77,26 @@ def _words(pipeline: VilexPipeline, text: str) -> list[tuple[str, int]]:
 
 def to_html(budget: Budget) -> str:
     """A bar of coloured slots, the same in words, and the prompt with its cut words struck through."""
-    cells = [_cell(part) for part in budget.parts if not part.cut]
+    cells = [_cell(part) for part in budget.parts if part.slots]
     cells.append(f'<i class="free" style="flex-grow:{budget.free}"></i>')
     return (
         f'<div class="budget"><div class="bar" role="img" aria-label="{escape(summary(budget))}">{"".join(cells)}</div>'
-        f'<p class="legend">{_legend(budget)}</p>{_reading(budget.parts)}{_note(budget.note)}</div>'
+        f'<p class="legend">{_legend(budget)}</p>{_reading(budget.parts)}{note_html(budget.note)}</div>'
     )
 
 
 def summary(budget: Budget) -> str:
     """The budget in one sentence, for screen readers."""
     image, words = budget.count("image"), budget.count("word")
-    return f"{image} slots for the picture, {words} for words, {budget.free} of {budget.capacity} free"
+    pictures = _pictures(budget)
+    return f"{image} slots for the {pictures}, {words} for words, {budget.free} of {budget.capacity} free"
+
+
+def _pictures(budget: Budget) -> str:
+    labels = {part.text: part.slots for part in budget.parts if part.kind == "image"}
+    if len(labels) < 2:
+        return "picture"
+    return f"pictures ({', '.join(f'{label} {slots}' for label, slots in labels.items())})"
 
 
 def _cell(part: Part) -> str:
@@ -89,17 +106,30 @@ def _cell(part: Part) -> str:
 
 def _legend(budget: Budget) -> str:
     counts = {"image": budget.count("image"), "word": budget.count("word"), "free": budget.free}
-    names = {"image": "picture", "word": "words", "free": f"free of {budget.capacity}"}
-    return " ".join(f'<span><b class="{kind}"></b>{count} {names[kind]}</span>' for kind, count in counts.items())
+    names = {"image": _pictures(budget), "word": "words", "free": f"free of {budget.capacity}"}
+    return " ".join(
+        f'<span><b class="{kind}"></b>{count} {escape(names[kind])}</span>' for kind, count in counts.items()
+    )
 
 
 def _reading(parts: Sequence[Part]) -> str:
     if not any(part.kind == "word" for part in parts):
         return ""
-    marks = {"image": "mark", "word": "span"}
-    words = (f"<{tag}>{escape(p.text)}</{tag}>" for p in parts for tag in ["del" if p.cut else marks[p.kind]])
-    return f'<p class="reading">{" ".join(words)}</p>'
+    return f'<p class="reading">{" ".join(map(_word, parts))}</p>'
 
 
-def _note(note: str) -> str:
+def _word(part: Part) -> str:
+    text = escape(part.text)
+    if part.kind == "image":
+        return f"<mark>{text}</mark>"
+    if not part.slots:
+        return f"<del>{text}</del>"
+    if part.slots < part.asked:
+        title = f"{part.slots} of {part.asked} pieces of this word fit"
+        return f'<span class="part" title="{title}">{text}<small> partly cut</small></span>'
+    return f"<span>{text}</span>"
+
+
+def note_html(note: str) -> str:
+    """A remark under the bar; nothing for an empty one."""
     return f'<p class="note">{escape(note)}</p>' if note else ""

@@ -8,18 +8,13 @@ import gradio as gr
 from gradio.components import Component
 from gradio.events import Dependency
 
+from app.cards import CARD_FIELDS, card_key
 from app.handlers import Handlers
 
-CARD_FIELDS = ("picture", "word", "name", "weight", "num_tokens", "fit")
 SAMPLING = ("num_inference_steps", "guidance_scale", "scheduler", "guidance_low", "guidance_high", "negative_prompt")
 COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 1}
 SILENT = {"show_progress": "hidden", "queue": False, "preprocess": False, "api_visibility": "private"}
 _STOPPED = """(status) => status.includes("<progress") ? "<p>Stopped.</p>" : status"""
-
-
-def card_key(name: str, index: int) -> str:
-    """The argument that holds a field of card `index`, from 0: picture, picture_2, picture_3, ..."""
-    return name if index == 0 else f"{name}_{index + 1}"
 
 
 @dataclass(frozen=True)

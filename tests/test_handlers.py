@@ -9,11 +9,13 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageChops
 
-from app import budget, ui
-from app.handlers import Handlers, build_config, measure, rung_name, times_html
-from vilex.codes import load_code
+from app import budget, ladder, ui
+from app.cards import CardInput, pack, take_cards
+from app.handlers import Handlers, build_config, measure
+from vilex.codes import VilexCode, from_text, load_code
 from vilex.config import GenerationConfig
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import load_recipe
@@ -48,36 +50,70 @@ def calls(pipeline: VilexPipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
 
 def rebuild(handlers: Handlers, upload: dict, **changes: object) -> list[tuple]:
-    settings = {"fit": "crop", "view": "raw", "seed": 5, "num_inference_steps": STEPS} | changes
-    return list(handlers.reconstruct(upload, **settings))
+    settings = {"fit": "crop", "view": "raw", "seed": 5, "num_inference_steps": STEPS, "budgets": "1, 16, 75"}
+    return list(ladder.climb(handlers, picture=upload, **settings | changes))
 
 
-def draw(handlers: Handlers, upload: dict | None, prompt: str = "", **changes: object) -> list[tuple]:
+def draw(handlers: Handlers, upload: dict | None, prompt: object = "", **changes: object) -> list[tuple]:
     settings = {"fit": "crop", "view": "raw", "seed": 5, "num_inference_steps": STEPS, "num_images": 2} | changes
-    return list(handlers.generate(upload, prompt, **settings))
+    return list(handlers.generate(**{"prompt": prompt, "picture": upload} | settings))
 
 
 def is_skipped(value: object) -> bool:
     return value == gr.skip()
 
 
-def test_reconstruct_fills_in_the_rungs_cheapest_first(handlers, upload):
+def test_the_ladder_fills_in_its_rungs_cheapest_first(handlers, upload):
     updates = rebuild(handlers, upload)
-    assert handlers.rungs == [1, 16, 75]
-    *paths, times, status = updates[-1]
-    sizes = [load_recipe(path).config.num_tokens for path in paths]
-    assert sizes == [1, 16, 75]
-    assert times.count(" s</span>") == 3 and "seed 5" in status and "<progress" not in status
+    paths, texts, status = updates[-1][:6], updates[-1][6:12], updates[-1][12]
+    assert [load_recipe(path).config.num_tokens for path in paths[:3]] == [1, 16, 75]
+    assert paths[3:] == (None,) * 3 and texts[3:] == ("",) * 3
+    assert all(re.search(r"\d+ % alike · \d", text) for text in texts[:3])
+    assert "seed 5" in status and "<progress" not in status
     first_path = next(i for i, update in enumerate(updates) if isinstance(update[0], str))
     assert all(update[1] is None or is_skipped(update[1]) for update in updates[: first_path + 1])
     assert len(updates) == 3 * STEPS + 3 + 1
 
 
 def test_reconstructions_are_the_pipelines_own(handlers, upload, picture):
-    *paths, _, _ = rebuild(handlers, upload)[-1]
+    paths = rebuild(handlers, upload)[-1][:3]
     config = GenerationConfig(seed=5, num_inference_steps=STEPS)
     expected = [generation.images[0] for _, generation in handlers.pipeline.reconstruct(picture, [1, 16, 75], config)]
     assert [Image.open(path).tobytes() for path in paths] == [image.tobytes() for image in expected]
+
+
+def test_rungs_in_one_batch_are_those_drawn_one_by_one(handlers, upload, monkeypatch):
+    one_by_one = rebuild(handlers, upload)[-1][:3]
+    monkeypatch.setattr(ladder, "_groups", lambda _, rungs: [list(rungs)])
+    together = rebuild(handlers, upload)[-1][:3]
+    for path, other in zip(one_by_one, together, strict=True):
+        difference = ImageChops.difference(Image.open(path), Image.open(other))
+        assert max(high for _, high in difference.getextrema()) <= 2
+
+
+@pytest.mark.parametrize(("text", "budgets"), [("4", [4]), ("75, 1;4 16", [1, 4, 16, 75]), (" 3,3 ", [3])])
+def test_budgets_are_read_as_written(text, budgets):
+    assert ladder.parse_budgets(text, 75) == budgets
+
+
+@pytest.mark.parametrize("text", ["", "many", "0", "76", "1.5", "-1", "1,,2", "1 2 3 4 5 6 7", None, "9" * 99, "<b>"])
+def test_budgets_that_cannot_be_are_refused(handlers, upload, calls, text):
+    with pytest.raises(gr.Error, match="budgets are 1 to 6 whole numbers from 1 to 75") as error:
+        rebuild(handlers, upload, budgets=text)
+    assert not calls and "<b>" not in error.value.message
+
+
+def test_new_budgets_get_their_columns_and_bad_or_equal_ones_change_nothing(handlers):
+    columns = ladder.lay_out(handlers, "1, 4", [1, 16, 75])
+    assert [column["visible"] for column in columns[:6]] == [True, True, False, False, False, False]
+    assert columns[-1] == [1, 4] and [button.get("value") for button in columns[18:20]] == ["Use 1", "Use 4"]
+    for text in ("1,16 75", "many"):
+        assert all(map(is_skipped, ladder.lay_out(handlers, text, [1, 16, 75])))
+
+
+def test_use_sets_the_tokens_of_every_card(handlers):
+    *counts, status = ladder.use(handlers, 1, "1, 16")
+    assert counts == [16] * 4 and "16 tokens" in status
 
 
 def test_status_counts_steps_and_time(handlers, upload):
@@ -92,7 +128,7 @@ def test_generate_gives_the_pictures_of_their_seeds_with_recipes(handlers, uploa
     recipes = [load_recipe(path) for path, _ in pictures]
     assert [recipe.config.seed for recipe in recipes] == [5, 6]
     assert {recipe.prompt for recipe in recipes} == {"<image> in style of monet"}
-    assert {(i.name, i.num_tokens, i.fit, i.code) for r in recipes for i in r.images} == {("my-corner", 75, "crop", "")}
+    assert {(i.name, i.num_tokens, i.fit, i.code) for r in recipes for i in r.images} == {("", 75, "crop", "")}
     config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_images=2)
     expected = handlers.pipeline.generate("<image> in style of monet", [picture], config).images
     assert [Image.open(path).tobytes() for path, _ in pictures] == [image.tobytes() for image in expected]
@@ -120,20 +156,93 @@ def test_each_request_has_a_folder_of_its_own_in_the_cache(handlers, upload, cac
 
 
 def test_encode_writes_tokens_for_this_model(handlers, upload):
-    path = handlers.encode(upload, "pad", 7)
+    path, text = handlers.encode(picture=upload, fit="pad", num_tokens=7)
     code = load_code(path, handlers.pipeline.fingerprint)
     assert Path(path).name == "my-corner.vilex" and code.vilex_tokens.shape == (7, 8)
+    assert text == ""
+    _, text = handlers.encode(picture=upload, fit="pad", num_tokens=2)
+    assert from_text(text, handlers.pipeline.fingerprint).vilex_tokens.shape == (2, 8)
 
 
-@pytest.mark.parametrize("name", ["reconstruct", "generate"])
+@pytest.mark.parametrize("name", ["climb", "generate"])
 def test_closing_stops_within_one_step(handlers, upload, calls, caplog, name):
     caplog.set_level("INFO", "app")
-    extra = {"prompt": "a dog"} if name == "generate" else {}
-    job = getattr(handlers, name)(upload, **extra, fit="crop", view="raw", seed=0, num_inference_steps=50)
+    shared = {"picture": upload, "fit": "crop", "view": "raw", "seed": 0, "num_inference_steps": 50}
+    starts = {
+        "climb": lambda: ladder.climb(handlers, budgets="1, 2", **shared),
+        "generate": lambda: handlers.generate(prompt="a dog", **shared),
+    }
+    job = starts[name]()
     next(job), next(job)
     job.close()
     assert len(calls) == 2
     assert "stopped after step 2 of 50" in caplog.text
+
+
+def card(index: int, picture: object, **changes: object) -> dict[str, object]:
+    values = {"picture": picture} | changes
+    return {name if not index else f"{name}_{index + 1}": value for name, value in values.items()}
+
+
+def test_cards_are_words_with_names_weights_and_counts_of_their_own(handlers, upload, picture):
+    values = card(0, upload, name="corgi", num_tokens=3) | card(2, upload, name="bike", num_tokens=5, weight=0.5)
+    words = handlers.read_cards(values | {"seed": 1})
+    assert [(word.name, word.num_tokens, word.weight) for word in words] == [("corgi", 3, 1.0), ("bike", 5, 0.5)]
+    plain = handlers.pipeline.encode(picture, 5)[0]
+    assert torch.allclose(words[0].vilex_tokens, plain[:3], atol=1e-6)
+    mean = handlers.pipeline.t2i.word_statistics()[0]
+    assert torch.allclose(words[1].vilex_tokens, mean + 0.5 * (plain - mean), atol=1e-6)
+
+
+def test_named_pictures_stand_where_the_prompt_names_them(handlers, upload):
+    values = card(0, upload, name="A", num_tokens=2) | card(1, upload, name="B", num_tokens=3)
+    assert len(draw(handlers, upload, "[B] beside [A]", **values)[-1][0]) == 2
+    bar, _ = handlers.plan("[B] beside [A]", **values)
+    assert "<mark>B</mark> <span>beside</span> <mark>A</mark>" in bar
+    assert "5 slots for the pictures (B 3, A 2), 1 for words" in bar
+
+
+def test_a_code_takes_the_place_of_a_picture(handlers, upload):
+    path, _ = handlers.encode(picture=upload, num_tokens=7)
+    word = pack(load_code(path))
+    [read] = handlers.read_cards({"word": word})
+    assert read.num_tokens == 7 and read.image is None and read.source == "my-corner"
+    assert "7 slots for the picture" in handlers.plan("", word=word)[0]
+    results = [draw(handlers, **kind)[-1][0] for kind in ({"upload": None, "word": word}, {"upload": upload})]
+    assert [len(result) for result in results] == [2, 2]
+
+
+def test_a_code_of_another_model_is_refused(handlers):
+    with pytest.raises(gr.Error, match="the code was made by 'other'"):
+        draw(handlers, None, word=pack(VilexCode(torch.zeros(2, 8), "other")))
+
+
+BAD_CARDS = [
+    ({"name": "two words"}, "a picture's name is a letter, then letters, digits, - or _, at most 40; got 'two words'"),
+    ({"name": 7}, "a picture's name is a letter"),
+    ({"name": "x" * 41}, "a picture's name is a letter"),
+    ({"name": "A", "picture_2": {"path": "x"}, "name_2": "A"}, "two pictures are called 'A'"),
+    ({"weight": 2.5}, "weight must be between 0 and 2, got 2.5"),
+    ({"weight": math.nan}, "weight must be a number, got nan"),
+    ({"num_tokens": 1.5}, "num_tokens must be a whole number, got 1.5"),
+    ({"picture": None, "word": "hello"}, "a code starts with"),
+    ({"picture": None, "word": "vilex-file:???"}, "the code is damaged"),
+    ({"picture": None, "word": 7}, "a picture's code must be text, got int"),
+    ({"picture": "/etc/passwd"}, "The picture must be an uploaded file"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CARDS, ids=lambda v: "-".join(v) if isinstance(v, dict) else "")
+def test_bad_cards_are_refused_before_anything_is_drawn(handlers, upload, calls, changes, message):
+    with pytest.raises(gr.Error) as error:
+        draw(handlers, upload, **changes)
+    assert error.value.message.startswith(message)
+    assert not calls
+
+
+def test_taking_cards_leaves_the_other_settings(upload):
+    values = card(1, upload) | {"seed": 3}
+    assert [found.picture for found in take_cards(values)] == [upload] and values == {"seed": 3}
 
 
 BAD_NUMBERS = [
@@ -189,12 +298,12 @@ def test_bad_files_give_one_sentence(handlers, tmp_path, content, name, message)
 
 
 def test_no_picture_is_said_and_not_a_defect(handlers):
-    for call in (lambda: rebuild(handlers, None), lambda: handlers.encode(None, "crop", 4)):
+    for call in (lambda: rebuild(handlers, None), lambda: handlers.encode()):
         with pytest.raises(gr.Error, match="Give a picture first"):
             call()
     with pytest.raises(gr.Error, match="Give a picture, words, or both"):
         draw(handlers, None, "  ")
-    assert list(handlers.reconstruct_new(None, "crop", "raw")) == []
+    assert list(ladder.climb_new(handlers, None, view="raw", budgets="1")) == []
     assert handlers.look(None, "crop") is None
 
 
@@ -214,8 +323,12 @@ def test_look_is_what_the_encoder_sees(handlers, upload):
     assert pad.getpixel((16, 1)) == (255, 255, 255) and crop.getpixel((1, 1)) == (255, 0, 0)
 
 
+def card_input(num_tokens: int = 6, name: str = "") -> CardInput:
+    return CardInput({"path": "x"}, "", name, 1.0, num_tokens, "crop")
+
+
 def test_budget_counts_the_slots_of_pictures_and_words(pipeline):
-    spent = budget.spend(pipeline, "<image> a red dog", 1, 6)
+    spent = budget.spend(pipeline, "<image> a red dog", [card_input()])
     assert [(part.kind, part.text, part.slots) for part in spent.parts] == [
         ("image", "image", 6), ("word", "a", 1), ("word", "red", 1), ("word", "dog", 1)
     ]  # fmt: skip
@@ -224,13 +337,21 @@ def test_budget_counts_the_slots_of_pictures_and_words(pipeline):
 
 
 def test_budget_strikes_out_the_words_that_do_not_fit(pipeline):
-    html = budget.to_html(budget.spend(pipeline, "dog " * 22 + "cat", 1, 6))
+    html = budget.to_html(budget.spend(pipeline, "dog " * 22 + "cat", [card_input()]))
     assert html.count("<del>") == 2 and "<del>cat</del>" in html and "the last words did not fit" in html
+
+
+def test_a_word_of_which_pieces_remain_is_shown_as_partly_cut(pipeline, monkeypatch):
+    monkeypatch.setattr(budget, "_words", lambda *_: [("doggish", 20), ("undogged", 3)])
+    spent = budget.spend(pipeline, "dog " * 23, [card_input(1)])
+    assert (spent.parts[-1].slots, spent.parts[-1].asked, spent.free) == (1, 3, 0)
+    html = budget.to_html(spent)
+    assert "partly cut" in html and "1 of 3 pieces of this word fit" in html and "<del>" not in html
 
 
 def test_nothing_a_user_writes_becomes_html(handlers, upload):
     prompt = '<script>alert("1")</script> <img src=x onerror=alert(2)> ' + "dog " * 20
-    bar, _ = handlers.plan(upload, prompt, 75)
+    bar, _ = handlers.plan(prompt, picture=upload)
     assert not re.search(r"<(script|img)", bar) and "onerror" in bar
     assert 'title="&quot;: 1 slot"' in bar
     assert not re.search(r"<(script|img)", draw(handlers, upload, prompt)[-1][-1])
@@ -241,22 +362,22 @@ def test_nothing_a_user_writes_becomes_html(handlers, upload):
     [(True, "<image> a dog", True), (True, "", False), (True, "<image>", False), (False, "a dog", False)],
 )
 def test_the_tfg_slider_is_greyed_with_a_reason(handlers, upload, has_picture, prompt, works):
-    _, slider = handlers.plan(upload if has_picture else None, prompt, 75)
+    _, slider = handlers.plan(prompt, picture=upload if has_picture else None)
     assert slider["interactive"] is works
     assert ("Has no effect" in slider["info"]) is not works
 
 
 def test_a_prompt_that_cannot_be_is_explained_under_it(handlers, upload):
-    bar, slider = handlers.plan(upload, "<image:3>", 75)
+    bar, slider = handlers.plan("<image:3>", picture=upload)
     assert "&lt;image:3&gt; asks for an image that is not there" in bar and is_skipped(slider)
 
 
 def test_without_weights_every_button_names_the_command():
     handlers = Handlers(None, problem="no weights; get them with: hf download a/b")
-    for call in (rebuild, draw, lambda handlers, picture: handlers.encode(picture, "crop", 1)):
+    for call in (rebuild, draw, lambda handlers, picture: handlers.encode(picture=picture)):
         with pytest.raises(gr.Error, match="hf download a/b"):
             call(handlers, None)
-    assert "weights" in handlers.plan(None, "a", 75)[0]
+    assert "weights" in handlers.plan("a")[0]
     html = str(ui.build_demo(handlers).get_config_file())
     assert "No weights are loaded" in html and "hf download a/b" in html
 
@@ -270,18 +391,16 @@ def test_measure_takes_some_time(pipeline):
     assert 0 < measure(pipeline) < 60
 
 
-def test_times_name_every_budget():
-    assert times_html([1, 16], ["0.5 s"]).count("<span>") == 2 and rung_name(1) == "1 token"
-
-
 def test_page_offers_named_endpoints_that_share_one_queue(handlers):
     demo = ui.build_demo(handlers, ui.Notes(steps=4))
     names = {f.api_name for f in demo.fns.values() if f.api_visibility == "public" and f.api_name}
-    assert names == {"reconstruct", "generate", "encode"}
+    assert names >= {"reconstruct", "generate", "encode"}
     compute = [f for f in demo.fns.values() if f.concurrency_id == "compute"]
-    assert len(compute) == 4 and {f.concurrency_limit for f in compute} == {1}
-    parameters = demo.get_api_info()["named_endpoints"]["/generate"]["parameters"]
-    assert {f.name for f in fields(GenerationConfig)} <= {parameter["parameter_name"] for parameter in parameters}
+    assert len(compute) >= 4 and len({f.concurrency_limit for f in compute}) == 1
+    described = demo.get_api_info()["named_endpoints"]
+    parameters = {parameter["parameter_name"] for parameter in described["/generate"]["parameters"]}
+    assert {f.name for f in fields(GenerationConfig)} | {"picture", "picture_4", "name_2", "weight_3"} <= parameters
+    assert all(f.fn.__doc__ or f.fn.func.__doc__ for f in demo.fns.values() if f.api_name in names)
     assert demo.delete_cache == (3600, 86400)
 
 

@@ -1,0 +1,141 @@
+"""Picture cards read into words: which are in use, what each is called, how much it says and in how many tokens."""
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from app.messages import tell
+from vilex.codes import VilexCode, from_bytes, from_text, to_bytes
+from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
+from vilex.images import load_image
+from vilex.pipeline import VilexPipeline
+from vilex.words import weigh
+
+MAX_CARDS = 4
+NAMES = ("A", "B", "C", "D")  # of the cards, until the user names them
+_DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens": MAX_TOKENS, "fit": "crop"}
+CARD_FIELDS = tuple(_DEFAULTS)
+_FILE = "vilex-file:"
+_NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
+
+Upload = dict[str, Any] | None  # what gradio knows of an uploaded file; its path lies inside gradio's cache
+
+
+@dataclass(frozen=True)
+class CardInput:
+    """What one card says, checked, before its picture is opened."""
+
+    picture: Upload
+    word: str
+    name: str
+    weight: float
+    num_tokens: int
+    fit: str
+
+
+@dataclass(frozen=True)
+class PictureWord:
+    """A card as a word of the prompt: vilex_tokens (N,D), cut and weighed; image is None where it came as a code."""
+
+    name: str
+    vilex_tokens: Tensor
+    weight: float
+    num_tokens: int
+    fit: str
+    image: Image.Image | None
+    source: str
+
+
+def card_key(name: str, index: int) -> str:
+    """The argument that holds a field of card `index`, from 0: picture, picture_2, picture_3, ..."""
+    return name if index == 0 else f"{name}_{index + 1}"
+
+
+def take_cards(values: dict[str, Any]) -> list[CardInput]:
+    """The cards in use; all cards' fields are taken out of `values`.
+
+    Raises ValueError for a name, weight, token count or way to fit that cannot be.
+    """
+    taken = [{f: values.pop(card_key(f, i), default) for f, default in _DEFAULTS.items()} for i in range(MAX_CARDS)]
+    cards = [_checked(CardInput(**card)) for card in taken if card["picture"] is not None or card["word"]]
+    names = [card.name for card in cards if card.name]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two pictures are called {twice!r}: each needs a name of its own")
+    return cards
+
+
+def _checked(card: CardInput) -> CardInput:
+    if not isinstance(card.word, str):
+        raise ValueError(f"a picture's code must be text, got {type(card.word).__name__}")
+    if not isinstance(card.name, str) or (card.name and not _NAME.fullmatch(card.name)):
+        raise ValueError(
+            f"a picture's name is a letter, then letters, digits, - or _, at most 40; got {card.name!r:.60}"
+        )
+    check_range("weight", card.weight, WEIGHT_RANGE)
+    check_range("num_tokens", card.num_tokens, range_of(GenerationConfig, "num_tokens"))
+    if card.num_tokens != int(card.num_tokens):
+        raise ValueError(f"num_tokens must be a whole number, got {card.num_tokens!r}")
+    if card.fit not in ("crop", "pad"):
+        raise ValueError(f"fit must be crop or pad, got {card.fit!r}")
+    return card
+
+
+def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> PictureWord:
+    """The card as a word; `full` gives all tokens the pooler or the code has.
+
+    Raises ValueError for a file that is no picture and a code that is damaged or of another model.
+    """
+    image, count = None, MAX_TOKENS if full else int(card.num_tokens)
+    if card.picture is not None:
+        image = open_upload(card.picture)
+        tokens, source = pipeline.encode(image, count, card.fit)[0], stem(card.picture)
+    else:
+        code = unpack(card.word, pipeline.fingerprint)
+        tokens, source = code.vilex_tokens[:count].to(pipeline.device), clean(code.source) or "word"
+    tokens = weigh(tokens, card.weight, pipeline.t2i.word_statistics()[0].to(tokens))
+    return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source)
+
+
+def pack(code: VilexCode) -> str:
+    """A code as a card's `word`: the whole file as text, since a code to copy is rounded."""
+    return _FILE + base64.b64encode(to_bytes(code)).decode()
+
+
+def unpack(word: str, fingerprint: str | None = None) -> VilexCode:
+    """The code of a card's `word`, which is packed or a code to copy. Raises ValueError for one that is neither."""
+    if not word.startswith(_FILE):
+        return from_text(word, fingerprint)
+    try:
+        return from_bytes(base64.b64decode(word.removeprefix(_FILE), validate=True), fingerprint)
+    except binascii.Error as error:
+        raise ValueError(f"the code is damaged: {error}") from error
+
+
+def names_of(words: Sequence[CardInput | PictureWord]) -> list[str]:
+    """The names that the prompt may use, one per picture, empty where there is none."""
+    return [word.name for word in words]
+
+
+def open_upload(picture: Upload) -> Image.Image:
+    """The decoded picture. Raises ValueError when it is none."""
+    path = picture.get("path") if isinstance(picture, dict) else None
+    if not isinstance(path, str):
+        raise ValueError("The picture must be an uploaded file")
+    return load_image(path, on_note=tell)
+
+
+def stem(picture: dict[str, Any]) -> str:
+    """The name of an uploaded file, clean and without its ending."""
+    return clean(Path(str(picture.get("orig_name") or picture["path"])).stem) or "picture"
+
+
+def clean(text: str) -> str:
+    """A text in letters, digits and dashes, fit for a file's name."""
+    return re.sub(r"[^\w-]+", "-", text)[:60].strip("-")

@@ -1,0 +1,66 @@
+"""The tab Pictures: the gallery that Generate fills, and the picked one against the original on a slider."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image, ImageOps
+
+from app.cards import Upload, open_upload
+from app.handlers import Handlers
+from app.messages import in_words
+from app.studio import SAMPLING, SILENT, Studio
+from vilex.images import load_image
+
+
+def build_gallery() -> gr.Gallery:
+    """The gallery, to be rendered in its tab."""
+    return gr.Gallery(
+        label="Pictures", format="png", columns=4, object_fit="contain", interactive=False, elem_id="gallery",
+        buttons=["download", "download_all", "fullscreen"], height="auto", render=False,
+    )  # fmt: skip
+
+
+def build_pictures(studio: Studio, generate: gr.Button, seed_js: str) -> None:
+    """Lays out the tab and wires Generate to it; `seed_js` draws a new seed among the inputs it is formatted with."""
+    studio.gallery.render()
+    slider = gr.ImageSlider(
+        label="Picture A against the picked result", format="png", interactive=False, elem_id="versus", visible=False,
+        max_height=420, buttons=["fullscreen"],
+    )  # fmt: skip
+    inputs = studio.inputs("prompt", "view", "embed", "cards", "num_images", "tfg_scale", "seed", *SAMPLING)
+    outputs = [studio.gallery, studio.settings["seed"], studio.status]
+    studio.compute(
+        generate.click, studio.handlers.generate, outputs, inputs, api_name="generate",
+        js=seed_js.replace("POSITION", str(list(inputs).index("seed"))),
+    )  # fmt: skip
+    generate.click(show_tab, None, [studio.tabs, slider], **SILENT)
+
+    def pick(gallery: list[dict[str, Any]], picture: Upload, fit: str, event: gr.SelectData) -> Any:
+        return compare(studio.handlers, gallery, picture, fit, event.index)
+
+    studio.gallery.select(
+        pick, [studio.gallery, studio.cards[0].picture, studio.cards[0].fit], slider,
+        show_progress="hidden", preprocess=False, api_visibility="private",
+    )  # fmt: skip
+
+
+def show_tab() -> tuple:
+    """The tab Pictures in front, its slider put away."""
+    return gr.Tabs(selected="pictures"), gr.update(visible=False)
+
+
+def compare(handlers: Handlers, gallery: list[dict[str, Any]], picture: Upload, fit: str, index: int) -> Any:
+    """The slider with the picked result over what the encoder saw of picture A; put away when one is missing."""
+    with in_words():
+        if picture is None or not gallery or not 0 <= index < len(gallery):
+            return gr.update(visible=False)
+        result = load_image(Path(gallery[index]["image"]["path"]))
+        return gr.update(value=(beside(open_upload(picture), result.size, fit), result), visible=True)
+
+
+def beside(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
+    """A picture cropped or padded to the size of a result, as the encoder's view of it is."""
+    if fit == "crop":
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    return ImageOps.pad(image, size, Image.Resampling.LANCZOS, "white")

@@ -1,0 +1,126 @@
+"""How pictures come into their cards: dropped, by address, as a code; and how cards come and go."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.cards import NAMES, Upload, pack, unpack
+from app.download import download
+from app.handlers import Handlers
+from app.messages import finished, in_words, sentence
+from app.panel import ON_SPACES, CardExtras, Panel
+from app.studio import Card
+from vilex.images import MAX_DECODES
+from vilex.recipe import load_recipe
+
+_LOOK = {
+    "show_progress": "hidden", "concurrency_limit": MAX_DECODES, "concurrency_id": "look", "api_visibility": "private",
+}  # fmt: skip
+Shown = list[bool]  # which cards are on the page
+
+
+def wire_cards(handlers: Handlers, panel: Panel) -> gr.State:
+    """Every event of the cards themselves; gives the state that holds which cards are on the page."""
+    shown = gr.State([index == 0 for index in range(len(panel.cards))])
+    for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
+        _wire_card(handlers, card, extra, index, shown, panel.add)
+    panels = [card.panel for card in panel.cards]
+    panel.add.click(show_next, shown, [*panels, shown, panel.add], queue=False, **_quiet())
+    return shown
+
+
+def _quiet() -> dict[str, Any]:
+    return {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def _wire_card(
+    handlers: Handlers, card: Card, extra: CardExtras, index: int, shown: gr.State, add: gr.Button
+) -> None:  # fmt: skip
+    # queued, since only queued events show their errors; `input` comes once per picture, `change` sometimes twice
+    sight = [card.seen, card.word, card.note, extra.restore]
+    card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK)
+    card.fit.change(handlers.look, [card.picture, card.fit], card.seen, preprocess=False, **_LOOK)
+    extra.source.submit(
+        partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
+    )  # fmt: skip
+    card.word.change(
+        partial(word_arrives, handlers, index), [card.word, shown],
+        [card.picture, card.panel, shown, add, *sight], **_LOOK,
+    )  # fmt: skip
+    extra.remove.click(
+        partial(remove, index), shown, [card.picture, card.panel, shown, add, *sight], queue=False, **_quiet()
+    )  # fmt: skip
+
+
+def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
+    """What the encoder sees of a new picture, no word, a note, and whether its settings can be brought back."""
+    seen = handlers.look(picture, fit)
+    has_recipe = picture is not None and carries_recipe(picture["path"])
+    note = finished("This picture carries the settings that made it.") if has_recipe else ""
+    return seen, "", note, gr.update(visible=has_recipe)
+
+
+def carries_recipe(path: str) -> bool:
+    """Whether a file is a PNG with settings that can be used."""
+    try:
+        return load_recipe(path) is not None
+    except ValueError:
+        return False
+
+
+def fetch(handlers: Handlers, source: str, fit: str) -> tuple:
+    """The picture at an address, or the word of a code: picture, emptied source, then what `arrive` gives."""
+    with in_words():
+        text = source.strip()
+        if not text:
+            return (gr.skip(),) * 6
+        if not text.lower().startswith(("http:", "https:", "ftp:", "file:")):
+            word = pack(unpack(text, handlers.ready().fingerprint))
+            return gr.skip(), "", gr.skip(), word, gr.skip(), gr.skip()
+        if ON_SPACES:
+            raise ValueError("This server fetches nothing from addresses: save the picture and drop it here")
+        path = download(text)
+        return path, "", *arrive(handlers, {"path": path}, fit)
+
+
+def word_arrives(handlers: Handlers, index: int, word: str, shown: Shown) -> tuple:
+    """The card when a code has come into it: its picture goes, the card is shown and says what it holds."""
+    if not word:
+        return (gr.skip(),) * 8
+    shown = [is_shown or i == index for i, is_shown in enumerate(shown)]
+    try:
+        code = unpack(word, handlers.ready().fingerprint)
+    except ValueError as error:
+        gr.Warning(sentence(str(error)).message, title="That did not work")
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), "", "", gr.update(visible=False)
+    count = len(code.vilex_tokens)
+    origin = f", made from {code.source}" if code.source else ""
+    note = finished(f"A word of {count} {'token' if count == 1 else 'tokens'}{origin}. It has no picture to show.")
+    add = gr.update(visible=not all(shown))
+    return None, gr.update(visible=True), shown, add, None, gr.skip(), note, gr.update(visible=False)
+
+
+def show_next(shown: Shown) -> tuple:
+    """The first card that is not on the page, if any: updates of all panels, the new state, the add button."""
+    shown = list(shown)
+    if not all(shown):
+        shown[shown.index(False)] = True
+    return *(gr.update(visible=is_shown) for is_shown in shown), shown, gr.update(visible=not all(shown))
+
+
+def remove(index: int, shown: Shown) -> tuple:
+    """The card emptied and taken off the page."""
+    shown = [is_shown and i != index for i, is_shown in enumerate(shown)]
+    hidden = gr.update(visible=False)
+    return None, hidden, shown, gr.update(visible=True), None, "", "", hidden
+
+
+def free_card(shown: Shown, filled: Sequence[bool]) -> int:
+    """The card that a new word goes to: the first that is empty, else the last.
+
+    >>> free_card([True, True, False, False], [True, False, False, False])
+    1
+    """
+    return next((i for i, is_filled in enumerate(filled) if not is_filled), len(NAMES) - 1)
