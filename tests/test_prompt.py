@@ -15,6 +15,7 @@ from vilex.prompt import (
     has_words,
     override_embeddings,
     parse,
+    recompose,
     special_tokens,
     words_removed,
 )
@@ -210,3 +211,42 @@ def test_a_batch_of_leading_images_equals_composing_each(kind):
         assert torch.equal(batch.attention_mask[i], one.attention_mask[0])
         assert torch.equal(batch.slots[i], one.slots[0])
     assert torch.equal(batch.vectors, tokens.flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_another_tokenizer_writes_the_same_words_and_slots(kind):
+    source, other = build_tokenizer("clip"), build_tokenizer(kind)
+    tokens = [torch.randn(3, 8), torch.randn(2, 8)]
+    prompt = compose("a <image> red dog <image> on", tokens, source, LENGTH)
+    again = recompose(prompt, source, other, 40)
+    expected = compose("a <image> red dog <image> on", tokens, other, 40)
+    assert torch.equal(again.input_ids, expected.input_ids)
+    assert torch.equal(again.attention_mask, expected.attention_mask)
+    assert torch.equal(again.slots, expected.slots)
+    assert torch.equal(again.vectors, torch.cat(tokens))
+
+
+def test_words_cut_for_one_context_are_read_in_a_longer_one_and_cut_for_a_shorter():
+    source, other = build_tokenizer("clip"), build_tokenizer("t5")
+    prompt = compose("<image> " + "dog " * 30 + "<image:1>", [torch.randn(3, 8)], source, LENGTH)
+    assert prompt.cut_words and prompt.kept == (1,)
+    assert recompose(prompt, source, other, 50).attention_mask.sum() == 1 + 30 + 1 + 1
+    short = recompose(prompt, source, other, 10)
+    assert short.attention_mask.all() and short.slots[0].nonzero().flatten().tolist() == [0, 8]
+    assert short.input_ids[0, -1] == other.eos_token_id
+    with pytest.raises(ValueError, match="2 image tokens do not fit into a context of 2 positions"):
+        recompose(prompt, source, other, 2)
+
+
+def test_a_batch_is_read_back_from_its_ids():
+    source, other, tokens = build_tokenizer("clip"), build_tokenizer("t5"), torch.randn(3, 4, 8)
+    texts = ["a red dog", "", "cat"]
+    ids = source(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    batch = compose_leading(ids.input_ids, ids.attention_mask.bool(), tokens, special_tokens(source), LENGTH)
+    again = recompose(batch, source, other, 40)
+    for i, text in enumerate(texts):
+        one = compose(text, [tokens[i]], other, 40)
+        assert torch.equal(again.input_ids[i], one.input_ids[0])
+        assert torch.equal(again.attention_mask[i], one.attention_mask[0])
+        assert torch.equal(again.slots[i], one.slots[0])
+    assert again.vectors is batch.vectors
