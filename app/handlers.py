@@ -1,7 +1,7 @@
 """What happens behind the app's buttons: check the input, call the pipeline, put errors into words.
 
-Every long handler is a generator over the sampler's own steps, so closing it stops the work within one
-step. Nothing here remembers a user: each request carries all it needs.
+Every long handler is a generator over the engine's steps,
+so closing it stops the work within one step. Nothing here remembers a user: each request carries all it needs.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from PIL import Image
 
 from app import budget
 from app.cards import PictureWord, Upload, names_of, open_upload, read_card, take_cards
-from app.messages import Clock, duration, finished, in_words
+from app.engine import Engine, Waiting
+from app.messages import Clock, duration, finished, in_words, waiting
 from vilex.codes import load_code, save_code, to_text
 from vilex.config import MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import has_words
 from vilex.recipe import Recipe, build_recipe, build_recipe_image, save_png
-from vilex.sampling import Conditions, Step, sample_steps
+from vilex.sampling import Conditions, Step
 from vilex.upsampler import Upsampler
 
 MAX_COPIED = 4  # tokens; a code of more is too long to copy by hand
@@ -51,12 +52,20 @@ class Look:
 
 @dataclasses.dataclass(frozen=True)
 class Handlers:
-    """The app's functions over one pipeline; without one `problem` says what is missing. `folder`: of the weights."""
+    """The app's functions over one pipeline; without one `problem` says what is missing.
+
+    folder: of the weights; engine: draws for all users, one of its own by default.
+    """
 
     pipeline: VilexPipeline | None
     upsampler: Upsampler | None = None
     problem: str = ""
     folder: Path | None = None
+    engine: Engine | None = None
+
+    def __post_init__(self) -> None:
+        if self.pipeline is not None and self.engine is None:
+            object.__setattr__(self, "engine", Engine(self.pipeline))
 
     @property
     def max_tokens(self) -> int:
@@ -154,17 +163,20 @@ class Handlers:
         """
         clock = clock or Clock(config.num_inference_steps)
         index, before = -1, clock.done
-        steps = sample_steps(self.pipeline.t2i, conditions, config, list(seeds))
+        events = self.engine.draw(conditions, config, list(seeds))
         try:
-            for step in steps:
-                index = step.index
-                images = self.pipeline.decode(step.latents) if _is_shown(step) else None
+            for event in events:
+                if isinstance(event, Waiting):
+                    yield None, waiting(event.position, event.seconds, clock)
+                    continue
+                index = event.index
+                images = self.pipeline.decode(event.latents) if _is_shown(event) else None
                 yield images, clock.at(before + index + 1, what)
         except GeneratorExit:
             _log.info("stopped after step %d of %d", index + 1, config.num_inference_steps)
             raise
         finally:
-            steps.close()
+            events.close()
 
     def recipe(
         self,

@@ -68,6 +68,13 @@ def working(text: str, done: int, total: int) -> str:
     return f'<p>{escape(text)}</p><progress max="{total}" value="{done}" aria-label="Progress"></progress>'
 
 
+def waiting(position: int, seconds: int, clock: Clock) -> str:
+    """Status HTML of a job in the queue."""
+    soon = f" · starts in about {duration(seconds)}" if seconds else ""
+    text = f"Number {position} in the queue{soon}" if seconds or position > 1 else "Starting"
+    return working(text, clock.done, clock.total)
+
+
 def finished(text: str) -> str:
     """Status HTML when nothing runs."""
     return f"<p>{escape(text)}</p>"

@@ -12,7 +12,7 @@ from app.cards import CARD_FIELDS, card_key
 from app.handlers import Handlers
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "scheduler", "guidance_low", "guidance_high", "negative_prompt")
-COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 1}
+COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 24}  # requests that the engine may see at once
 SILENT = {"show_progress": "hidden", "queue": False, "preprocess": False, "api_visibility": "private"}
 _STOPPED = """(status) => status.includes("<progress") ? "<p>Stopped.</p>" : status"""
 

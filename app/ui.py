@@ -27,7 +27,7 @@ PROMPTS = (
     "oil painting of <image> by Vincent van Gogh",
     "a photo of a flower. <image>",
 )
-MAX_WAITING = 20  # requests in the queue
+MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 _DRAW_SEED = f"""(...inputs) => {{
   if (!document.querySelector("#lock input").checked) inputs[POSITION] = {_RANDOM_SEED};

@@ -4,6 +4,8 @@ import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
 import math
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -31,8 +33,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def handlers(pipeline: VilexPipeline) -> Handlers:
-    return Handlers(pipeline)
+def handlers(pipeline: VilexPipeline) -> Iterator[Handlers]:
+    handlers = Handlers(pipeline)
+    yield handlers
+    handlers.engine.close()
 
 
 @pytest.fixture
@@ -72,7 +76,6 @@ def test_the_ladder_fills_in_its_rungs_cheapest_first(handlers, upload):
     assert "seed 5" in status and "<progress" not in status
     first_path = next(i for i, update in enumerate(updates) if isinstance(update[0], str))
     assert all(update[1] is None or is_skipped(update[1]) for update in updates[: first_path + 1])
-    assert len(updates) == 3 * STEPS + 3 + 1
 
 
 def test_reconstructions_are_the_pipelines_own(handlers, upload, picture):
@@ -117,7 +120,8 @@ def test_use_sets_the_tokens_of_every_card(handlers):
 
 
 def test_status_counts_steps_and_time(handlers, upload):
-    statuses = [update[-1] for update in draw(handlers, upload)][:-1]
+    waiting, *statuses, _ = [update[-1] for update in draw(handlers, upload)]
+    assert "Starting" in waiting and "<progress" in waiting
     assert [re.search(r"step (\d) of 3 · \d+\.\d s left", status)[1] for status in statuses] == ["1", "2", "3"]
 
 
@@ -173,10 +177,12 @@ def test_closing_stops_within_one_step(handlers, upload, calls, caplog, name):
         "generate": lambda: handlers.generate(prompt="a dog", **shared),
     }
     job = starts[name]()
-    next(job), next(job)
+    next(job), next(job), next(job)
     job.close()
-    assert len(calls) == 2
-    assert "stopped after step 2 of 50" in caplog.text
+    at_close = len(calls)
+    time.sleep(0.3)
+    assert len(calls) <= at_close + 1 < 50
+    assert re.search(r"stopped after step \d+ of 50", caplog.text)
 
 
 def card(index: int, picture: object, **changes: object) -> dict[str, object]:
