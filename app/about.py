@@ -1,0 +1,135 @@
+"""The tab About: what the weights in use are, may be used for and cannot do, and how to call them without the page."""
+
+import re
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+import yaml
+from huggingface_hub import ModelCard
+from torch import nn
+
+from app import table
+from app.studio import Studio
+from vilex.checkpoint import WEIGHTS_FOLDER
+from vilex.cli import main as command_line
+from vilex.pipeline import VilexPipeline
+from vilex.recipe import environment
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SHOWN = {"base_model": "Builds on", "datasets": "Trained on", "language": "Language of the words", "tags": "Tags"}
+_LIMITS = re.compile(r"^## [^\n]*\b(?:fails?|limits?|limitations|cannot)\b.*?(?=^## |\Z)", re.I | re.M | re.S)
+_NO_CARD = "---\n{}\n---\nThese weights come without a model card (README.md)."
+_PICTURE = re.compile(r"!\[([^\]]*)\]\([^)]*\)")
+
+
+_ALWAYS = (
+    "* Nearest words and maps of where a token looked are hints, not facts.\n"
+    "* A word of a picture (`.vilex`, code) works with these weights only, and who has it has the picture's content."
+)
+
+
+def build_about(studio: Studio) -> None:
+    """Lays out the tab; nothing in it computes."""
+    pipeline, folder = studio.handlers.pipeline, studio.handlers.folder
+    if pipeline is None:
+        gr.HTML(without_weights(studio.handlers.problem), label="What to do")
+    else:
+        card = read_card(folder) if folder else ModelCard(_NO_CARD)
+        limits, rest = split_limits(card.text)
+        gr.HTML(about_weights(pipeline, card), label="The weights in use")
+        gr.Markdown(f"## What it cannot do\n{_ALWAYS}\n\n{limits}", elem_id="limits")
+        with gr.Accordion("Model card", open=False):
+            gr.Markdown(rest, elem_id="model-card")
+    with gr.Accordion("From a shell and from other programs", open=False):
+        gr.Markdown(commands())
+    with gr.Accordion("Licences", open=False):
+        gr.Markdown(licences(folder), elem_id="licences")
+    with gr.Accordion("Versions", open=False):
+        gr.HTML(versions(), label="Versions")
+
+
+def read_card(folder: Path) -> ModelCard:
+    """The model card of a weights folder; without one, or with one that cannot be read, a card that says so."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return ModelCard(_NO_CARD)
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    except (OSError, ValueError, yaml.YAMLError):
+        return ModelCard("---\n{}\n---\nThe model card of these weights (README.md) cannot be read.")
+
+
+def split_limits(text: str) -> tuple[str, str]:
+    """The card's sections on what fails, and all the others, as Markdown that fetches no picture."""
+    text = _PICTURE.sub(r"\1", text)
+    limits = "\n".join(_LIMITS.findall(text)).strip()
+    return limits or "The model card of these weights names no limits.", _LIMITS.sub("", text).strip()
+
+
+def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
+    """Rows of a table on the weights: their name, licence, size and what they run on."""
+    t2i, own = pipeline.t2i, card.data.to_dict()
+    sizes = {"encoder and pooler": pipeline.vilex, "denoiser": t2i.denoiser, "text encoder (frozen)": t2i.text_encoder}
+    rows = [
+        ("Name", pipeline.name or "without a name"),
+        ("Licence", _text(own.get("license_name") or own.get("license") or "none is named")),
+        ("Parameters", ", ".join(f"{name} {_millions(module)}" for name, module in sizes.items())),
+        ("Picture as drawn", f"{t2i.image_size} x {t2i.image_size} pixels"),
+        ("Tokens of a picture", f"1 to {pipeline.vilex.pooler.config.num_queries}, {t2i.text_width} numbers each"),
+        ("Positions of a prompt", str(t2i.config.context_length)),
+        ("Fingerprint", pipeline.fingerprint),
+        ("Device and number format", f"{pipeline.device.type}, {str(pipeline.dtype).removeprefix('torch.')}"),
+    ]
+    return rows + [(label, _text(own[key])) for key, label in _SHOWN.items() if own.get(key)]
+
+
+def about_weights(pipeline: VilexPipeline, card: ModelCard) -> str:
+    """The facts as an HTML table."""
+    return table.to_html("The weights in use", ("", ""), facts(pipeline, card))
+
+
+def without_weights(problem: str) -> str:
+    """What to do when there are none, as HTML."""
+    return (
+        f"<p>No weights are loaded: {escape(problem)}</p><p>Put a folder of weights into <code>assets/weights</code>, "
+        "or start the app with <code>--model FOLDER</code>. To train your own, see “Train your own” in README.md.</p>"
+    )
+
+
+def versions() -> str:
+    """The versions that decide what a picture looks like, as an HTML table."""
+    return table.to_html("Versions", ("Software", "Version"), environment().items())
+
+
+def commands() -> str:
+    """How to call the same from a shell and from other programs, as Markdown."""
+    names = "\n".join(
+        f"| `vilex {name}` | {command.get_short_help_str(100)} |" for name, command in command_line.commands.items()
+    )
+    return (
+        f"| Command | What it does |\n|---|---|\n{names}\n\nEach explains itself with `--help`. "
+        "This page answers other programs too:\n\n```python\nfrom gradio_client import Client\n\n"
+        'client = Client("http://127.0.0.1:7860")  # the address of this page\nclient.view_api()  # every call and '
+        "its settings\n```"
+    )
+
+
+def licences(folder: Path | None) -> str:
+    """The licences of code, weights and third parties, as Markdown."""
+    folders = [] if folder is None else [folder]
+    if folder is None or folder.resolve().is_relative_to(WEIGHTS_FOLDER):
+        folders.append(_ROOT)
+    weights = [path for parent in folders if (path := parent / "LICENSE_WEIGHTS").is_file()][:1]
+    texts = [path.read_text(encoding="utf-8") for path in [*weights, _ROOT / "THIRD_PARTY.md"]]
+    return "\n\n".join(["The code of ViLex is under the Apache License 2.0 (`LICENSE`).", *texts])
+
+
+def _text(value: object) -> str:
+    is_list = isinstance(value, Iterable) and not isinstance(value, str | dict)
+    return ", ".join(map(str, value)) if is_list else str(value)
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.1f}M"

@@ -1,0 +1,98 @@
+"""The tab Balance: the prompt drawn over token counts and over words against picture; a click takes both over."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from app.cards import MAX_CARDS, names_of
+from app.handlers import Handlers, text_of
+from app.ladder import rung_name
+from app.messages import Clock, duration, finished, in_words
+from app.studio import SAMPLING, Studio
+from app.workbench import read_settings, side_by_side
+from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.prompt import has_words
+
+TFG_SCALES = (0.0, 1.0, 3.0, 6.0)
+STEPS = 10  # thumbnails: enough to choose by
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The tab's functions."""
+
+    handlers: Handlers
+
+    @property
+    def budgets(self) -> list[int]:
+        """Token counts of the columns."""
+        return sorted({min(budget, self.handlers.max_tokens) for budget in DEFAULT_BUDGETS})
+
+    @property
+    def cells(self) -> list[tuple[int, float]]:
+        """Token count and text-free guidance of each thumbnail, in the order of the gallery."""
+        return [(budget, tfg_scale) for tfg_scale in TFG_SCALES for budget in self.budgets]
+
+    def draw(self, prompt: str, **values: Any) -> Iterator[tuple]:
+        """The prompt with its pictures over 1 to 75 tokens and text-free guidance 0 to 6, all from one noise.
+
+        Gives a gallery that fills row by row, and a status line. The settings of steps and TFG are not read.
+        """
+        with in_words():
+            pipeline, prompt, config = self.handlers.ready(), text_of(prompt), self._settings(values)
+            words = self.handlers.read_cards(values, full=True)
+            names = names_of(words)
+            if not words or not has_words(prompt, len(words), names):
+                raise ValueError("The map needs a picture and words in the prompt: it weighs one against the other")
+            tokens = [word.vilex_tokens for word in words]
+            rows = [[each[:budget] for each in tokens] for budget in self.budgets]
+            conditions = side_by_side(pipeline, rows, config, prompt, names)
+            done: list[Image.Image] = []
+            clock, seeds = Clock(len(TFG_SCALES) * STEPS), [config.seed] * len(rows)
+            for tfg_scale in TFG_SCALES:
+                row = replace(config, tfg_scale=tfg_scale)
+                for images, status in self.handlers.watch(conditions, row, seeds, clock, f"TFG {tfg_scale:g}"):
+                    yield gr.skip() if images is None else self._captioned(done + images), status
+                done += images
+            status = (
+                f"Drawn in {duration(clock.seconds)} with seed {config.seed}. Click a picture to take its settings."
+            )
+            yield self._captioned(done), finished(status)
+
+    def adopt(self, event: gr.SelectData) -> tuple:
+        """The token count for every card, the text-free guidance and a status line of the thumbnail clicked."""
+        budget, tfg_scale = self.cells[event.index]
+        return *[budget] * MAX_CARDS, tfg_scale, finished(f"Now at {caption(budget, tfg_scale)}.")
+
+    def _settings(self, values: dict[str, Any]) -> GenerationConfig:
+        return replace(read_settings(values), num_inference_steps=STEPS)
+
+    def _captioned(self, images: list[Image.Image]) -> list[tuple[Image.Image, str]]:
+        return [(image, caption(*cell)) for image, cell in zip(images, self.cells, strict=False)]
+
+
+def caption(budget: int, tfg_scale: float) -> str:
+    """A cell of the map in words."""
+    return f"{rung_name(budget)}, TFG {tfg_scale:g}"
+
+
+def build_balance(studio: Studio) -> None:
+    """Lays out the tab and wires it."""
+    tab = Balance(studio.handlers)
+    gr.Markdown(
+        "The prompt at few and many tokens (left to right) and with little and much weight on its words (top to "
+        "bottom), small and quick. Click the best one to take over both settings."
+    )
+    draw = gr.Button("Draw the map", variant="primary", min_width=140, elem_id="map")
+    gallery = gr.Gallery(
+        label="Tokens (columns) and words against picture (rows)", format="png", columns=len(tab.budgets),
+        object_fit="contain", interactive=False, height="auto", elem_id="balance", elem_classes="thumbs",
+        allow_preview=False, buttons=["download_all"],
+    )  # fmt: skip
+    inputs = studio.inputs("cards", "prompt", "seed", *SAMPLING)
+    studio.compute(draw.click, tab.draw, [gallery, studio.status], inputs, api_name="balance")
+    taken = [*(card.num_tokens for card in studio.cards), studio.settings["tfg_scale"], studio.status]
+    gallery.select(tab.adopt, None, taken, show_progress="hidden", queue=False, api_visibility="private")

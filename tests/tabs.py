@@ -1,0 +1,36 @@
+"""Fixtures of the tests of the app's tabs: the handlers over a tiny random pipeline, and two cards with pictures."""
+
+import app  # noqa: F401, I001  first: it sets what gradio reads at import
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from app.handlers import Handlers
+from vilex.pipeline import VilexPipeline
+
+assert app
+
+
+@pytest.fixture
+def handlers(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Handlers:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    return Handlers(pipeline)
+
+
+@pytest.fixture
+def empty() -> Handlers:
+    """Without weights."""
+    return Handlers(None, problem="no weights; get them with: hf download a/b")
+
+
+@pytest.fixture
+def cards(picture: Image.Image, tmp_path: Path) -> dict[str, Any]:
+    """Arguments of a request: the picture in A, with 6 tokens, the picture turned in B, with 4; seed 5, 3 steps."""
+    picture.save(tmp_path / "corner.png")
+    picture.rotate(180).save(tmp_path / "turned.png")
+    a, b = ({"path": str(tmp_path / name), "orig_name": name} for name in ("corner.png", "turned.png"))
+    settings = {"seed": 5, "num_inference_steps": 3}
+    return {"picture": a, "num_tokens": 6, "picture_2": b, "num_tokens_2": 4, "name": "A", "name_2": "B"} | settings

@@ -1,0 +1,69 @@
+"""The tab Balance: a map from one noise, row by row, whose places say what their settings were."""
+
+from types import SimpleNamespace
+
+import gradio as gr
+import pytest
+
+from app.balance import STEPS, TFG_SCALES, Balance
+from vilex.config import GenerationConfig
+
+pytest_plugins = ["tabs"]
+PROMPT = {"prompt": "[A] a red dog"}
+
+
+@pytest.fixture
+def tab(handlers) -> Balance:
+    return Balance(handlers)
+
+
+@pytest.fixture
+def one(cards) -> dict:
+    """A request with picture A alone."""
+    return {name: value for name, value in cards.items() if not name.endswith("_2")}
+
+
+def test_the_map_fills_row_by_row_and_ends_complete(tab, one):
+    updates = list(tab.draw(**PROMPT | one))
+    sizes = [len(gallery) for gallery, _ in updates if gallery != gr.skip()]
+    assert sizes == sorted(sizes) and set(sizes) == {4, 8, 12, 16} and len(updates) == len(TFG_SCALES) * STEPS + 1
+    captions = [text for _, text in updates[-1][0]]
+    assert captions[:5] == [
+        "1 token, TFG 0",
+        "4 tokens, TFG 0",
+        "16 tokens, TFG 0",
+        "75 tokens, TFG 0",
+        "1 token, TFG 1",
+    ]
+    assert "seed 5" in updates[-1][1] and "step 11 of 40" in updates[10][1]
+
+
+def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture):
+    gallery = list(tab.draw(**PROMPT | one))[-1][0]
+    for place in (1, 10, 15):
+        num_tokens, tfg_scale = tab.cells[place]
+        config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_tokens=num_tokens, tfg_scale=tfg_scale)
+        drawn = tab.handlers.pipeline.generate(PROMPT["prompt"], [picture], config, names=["A"]).images[0]
+        pairs = zip(gallery[place][0].tobytes(), drawn.tobytes(), strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 2, tab.cells[place]
+
+
+def test_a_click_takes_both_settings_over(tab):
+    *counts, tfg_scale, status = tab.adopt(SimpleNamespace(index=9))
+    assert counts == [4] * 4 and tfg_scale == 3 and "4 tokens, TFG 3" in status
+
+
+@pytest.mark.parametrize("prompt", ["", "<image>", "[A]"])
+def test_a_map_needs_a_picture_and_words(tab, one, prompt):
+    with pytest.raises(gr.Error, match="needs a picture and words"):
+        list(tab.draw(prompt, **one))
+
+
+def test_a_map_without_a_picture_is_refused(tab):
+    with pytest.raises(gr.Error, match="needs a picture and words"):
+        list(tab.draw("a red dog", seed=5))
+
+
+def test_a_broken_setting_gets_one_sentence(tab, one):
+    with pytest.raises(gr.Error, match="guidance_scale must be between 0 and 20, got 99"):
+        list(tab.draw(**PROMPT | one | {"guidance_scale": 99}))
