@@ -62,6 +62,22 @@ def test_files_hold_fp16_and_models_compute_in_fp32(model, tmp_path, text_encode
     assert model.denoiser.dtype == torch.float32  # saving leaves the model as it was
 
 
+@pytest.mark.parametrize("value", [1e6, torch.nan])
+def test_weights_that_fp16_cannot_hold_are_refused_and_what_was_saved_stays(model, tmp_path, value):
+    def saved() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / "unet").iterdir()}
+
+    model.save_pretrained(tmp_path)
+    before = saved()
+    with torch.no_grad():
+        model.denoiser.conv_in.bias[2] = value
+    with pytest.raises(ValueError, match="conv_in.bias in .*unet holds values that are not finite"):
+        model.save_pretrained(tmp_path)
+    assert saved() == before
+    if value == 1e6:
+        model.save_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

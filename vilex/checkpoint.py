@@ -1,7 +1,7 @@
 """Finding, loading and saving weights; every load is strict, and nothing is ever unpickled."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def load_pretrained(loader: type, folder: str | Path, *, ignore: tuple[str, ...]
     problems += _key_problems(info["missing_keys"], info["unexpected_keys"], ignore)
     problems += [str(message) for message in info["error_msgs"]]
     _raise_if_any(problems, f"{folder} does not fit {type(model).__name__}")
-    _require_finite(model.state_dict(), folder, ignore)
+    require_finite(model.state_dict(), folder, ignore)
     return model
 
 
@@ -93,7 +93,7 @@ def load_module(module: nn.Module, path: str | Path, name: str = "model") -> Non
     problems = _shape_problems((key, own[key].shape, tensors[key].shape) for key in shared)
     problems += _key_problems(own.keys() - shared, tensors.keys() - shared, ())
     _raise_if_any(problems, f"{path} does not fit {type(module).__name__}")
-    _require_finite(tensors, path)
+    require_finite(tensors, path)
     module.load_state_dict(tensors)
 
 
@@ -109,9 +109,16 @@ def save_module(
     Raises ValueError when a tensor is not finite in that dtype.
     """
     tensors = {key: _stored(tensor, dtype) for key, tensor in module.state_dict().items()}
-    _require_finite(tensors, folder)
+    require_finite(tensors, folder)
     pattern = f"{name}{{suffix}}.safetensors"
     save_torch_state_dict(tensors, folder, filename_pattern=pattern, max_shard_size=max_shard_size)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str | Path, ignore: tuple[str, ...] = ()) -> None:
+    """Raises ValueError that names the first tensor of a file or folder with NaN or infinity in it."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not key.startswith(ignore) and not tensor.isfinite().all():
+            raise ValueError(f"{key} in {source} holds values that are not finite")
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -180,9 +187,3 @@ def _shorten(problems: list[str]) -> list[str]:
 def _raise_if_any(problems: list[str], what: str) -> None:
     if problems:
         raise ValueError(f"{what}: {'; '.join(problems)}")
-
-
-def _require_finite(tensors: dict[str, Tensor], source: str | Path, ignore: tuple[str, ...] = ()) -> None:
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not key.startswith(ignore) and not tensor.isfinite().all():
-            raise ValueError(f"{key} in {source} holds values that are not finite")

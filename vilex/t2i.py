@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from vilex.checkpoint import require_finite
 from vilex.config import T2IConfig
 from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings
 
@@ -184,12 +185,16 @@ class TextToImage(nn.Module, ABC):
         return list(vectors.to(self.text_encoder.device).split(self.text_widths, dim=-1))
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
-        """Writes the diffusers layout; the embedded model's text encoder is named, not copied."""
+        """Writes the diffusers layout; the embedded model's text encoder is named, not copied.
+
+        Raises ValueError when a weight is not finite in `dtype`.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         parts = self.parts()
         for name, part in parts.items():
             if isinstance(part, nn.Module):
                 narrow = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns about casts
+                require_finite(narrow.state_dict(), folder / name)
                 narrow.save_pretrained(folder / name, max_shard_size=max_shard_size)
             else:
                 part.save_pretrained(folder / name)
