@@ -9,7 +9,8 @@ import pytest
 import torch
 from builders import build_pipeline, build_tokenizer
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from train.batches import tabulate
 from train.loss import diffusion_loss, draw_noise, loss_weights
 from train.presets import PRESETS
 from train.train_vilex import build_model
+from vilex import diffusion
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.latent import StableDiffusionXL
@@ -261,6 +263,33 @@ def test_thirty_steps_on_one_batch_halve_the_loss(case):
     assert (vectors.grad.abs().sum((0, 1)) > 0).all()
 
 
+def test_a_step_in_mixed_precision_is_close_to_one_in_fp32(case):
+    t2i, pixels = case.t2i, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    vectors = torch.randn(3, t2i.text_width, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    noise = draw_noise(t2i, 2, torch.Generator().manual_seed(1))
+
+    def loss() -> Tensor:
+        condition = encode(t2i, "a <image> dog", vectors).expand(2)
+        return diffusion_loss(t2i, t2i.denoiser, t2i.encode(pixels), condition, noise)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss()
+    mixed.backward()
+    assert mixed.dtype == torch.float32 and vectors.grad.abs().sum() > 0
+    assert mixed.item() == pytest.approx(loss().item(), rel=0.05)
+
+
+def test_a_denoiser_in_bfloat16_draws_nearly_the_same(case):
+    t2i = copy.deepcopy(case.t2i)
+    with torch.no_grad():
+        condition = encode(t2i, TEXT)
+    expected = draw(t2i, condition)
+    t2i.denoiser.to(torch.bfloat16)
+    drawn = draw(t2i, condition)
+    assert drawn.dtype == torch.float32
+    assert 0 < (drawn - expected).abs().mean() < 0.05 * expected.std()
+
+
 def test_a_flows_timesteps_are_drawn_as_in_its_own_training(sd3):
     timesteps = sd3.draw_timesteps(4000, torch.Generator().manual_seed(0))
     assert timesteps.is_floating_point() and timesteps.min() > 0 and timesteps.max() <= 1000
@@ -405,6 +434,32 @@ def hub(tmp_path, monkeypatch) -> Path:
 def test_a_hub_id_is_found_offline(hub):
     assert isinstance(load_t2i("owner/tiny-sdxl"), StableDiffusionXL)
     assert isinstance(load_t2i(Path("owner/tiny-sdxl")), StableDiffusionXL)
+
+
+def test_only_what_is_read_is_fetched(hub, monkeypatch):
+    """Files as the hub has them of SDXL: no twin in fp16, no other framework's, no folder of another use."""
+    asked = []
+
+    def fetch(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return snapshot_download(hub_id, allow_patterns=allow_patterns)
+
+    monkeypatch.setattr(diffusion, "snapshot_download", fetch)
+    load_t2i("owner/tiny-sdxl")
+    wanted = [
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json",
+        "text_encoder/model.safetensors", "text_encoder_2/config.json", "text_encoder_2/model.safetensors",
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    ]  # fmt: skip
+    others = [
+        "README.md", "sd_xl_base_1.0.safetensors", "text_encoder/model.fp16.safetensors", "text_encoder/model.onnx",
+        "text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/openvino_model.bin",
+        "unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors", "vae_1_0/config.json",
+        "vae_1_0/diffusion_pytorch_model.safetensors", "safety_checker/model.safetensors",
+    ]  # fmt: skip
+    assert list(filter_repo_objects(wanted + others, allow_patterns=asked[-1])) == wanted
+    assert asked[0] == ["model_index.json"]
 
 
 @pytest.mark.parametrize("name", ["owner/missing", "owner/tiny sdxl", "nowhere", "/no/such/folder", "a/b/c"])

@@ -248,7 +248,8 @@ class StableDiffusion3(LatentModel):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """noisy_latents (B,C,h,w) at timesteps float (B,)."""
-        return latents.lerp(noise, self._sigmas(timesteps)[:, None, None, None].to(latents))
+        sigmas = self._sigmas(timesteps)[:, None, None, None]
+        return (1 - sigmas) * latents + sigmas * noise
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """Ratio of the variances of signal and noise at these timesteps, in their shape."""
