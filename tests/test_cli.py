@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from vilex import cli
-from vilex.codes import load_code, save_code
+from vilex import cli, desk
+from vilex.codes import VilexCode, from_text, load_code, save_code, to_text
 from vilex.config import GenerationConfig
-from vilex.recipe import load_recipe
+from vilex.pipeline import VilexPipeline
+from vilex.recipe import Recipe, RecipeImage, load_recipe, save_png
 from vilex.upsampler import LanczosUpsampler
 
 FAST = ("--steps", "2")
@@ -24,8 +26,9 @@ def folder(tmp_path, monkeypatch, pipeline, picture) -> Path:
     """The working folder, with dog.png, a folder `photos` of cat.png, dog.jpg and broken.png, and a tiny model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VILEX_OUTPUTS", raising=False)
-    monkeypatch.setattr(cli, "load_pipeline", lambda engine: pipeline)
-    monkeypatch.setattr(cli, "build_upsampler", LanczosUpsampler)
+    for module in (cli, desk):
+        monkeypatch.setattr(module, "load_pipeline", lambda engine: pipeline)
+    monkeypatch.setattr(desk, "build_upsampler", LanczosUpsampler)
     (tmp_path / "photos").mkdir()
     for name in ("dog.png", "photos/cat.png", "photos/dog.jpg"):
         picture.save(name)
@@ -135,7 +138,7 @@ def test_padding_reaches_the_encoder(folder):
 
 def test_equal_stems_are_numbered(folder):
     Path("photos/broken.png").rename("photos/dog-2.png")
-    inputs = cli._find_inputs([Path("dog.png"), Path("photos")])
+    inputs = desk.find_inputs([Path("dog.png"), Path("photos")])
     assert {stem: str(path) for stem, path in inputs.items()} == {
         "dog": "dog.png",
         "cat": str(Path("photos/cat.png")),
@@ -169,7 +172,173 @@ def test_a_given_file_is_never_overwritten(folder):
     )
 
 
+def copied(picture: str, pipeline: VilexPipeline, num_tokens: int = 3) -> str:
+    with Image.open(picture) as image:
+        return to_text(VilexCode(pipeline.encode(image.convert("RGB"), num_tokens)[0], pipeline.fingerprint))
+
+
+def test_copied_codes_stand_for_pictures(folder, pipeline):
+    code = copied("dog.png", pipeline)
+    result = run("mix", code, "dog.png", "--prompt", "<image> on <image>", "--tokens", "3", "--out", "out", *FAST)
+    assert (result.exit_code, result.stderr) == (0, "") and names_in("out") == ["word+dog-mix-seed0.png"]
+    images = load_recipe("out/word+dog-mix-seed0.png").images
+    assert images == (RecipeImage("word", 3, 1.0, ""), RecipeImage("dog", 3, 1.0, "crop"))
+    run("encode", code, "--tokens", "2", "--out", "kept.vilex")
+    kept = load_code("kept.vilex", pipeline.fingerprint)
+    assert kept.source == "word"
+    torch.testing.assert_close(kept.vilex_tokens, from_text(code).vilex_tokens[:2], rtol=2e-3, atol=1e-4)
+
+
+def test_photos_are_called_by_their_stems(folder):
+    result = run("mix", "dog.png", "photos/cat.png", "--prompt", "a photo of [cat]", "--tokens", "2", "--out", "out",
+                 "--tfg", "1", *FAST)  # fmt: skip
+    assert result.exit_code == 0 and names_in("out") == ["dog+cat-mix-seed0.png"]
+    turned = run("mix", "dog.png", "photos/cat.png", "--prompt", "<image:1> a photo of <image:2>", "--tokens", "2",
+                 "--out", "turned", "--tfg", "1", *FAST)  # fmt: skip
+    assert turned.exit_code == 0
+    assert (pixels_of("out/dog+cat-mix-seed0.png") == pixels_of("turned/dog+cat-mix-seed0.png")).all()
+
+
+def drawn_with(*weights: str) -> np.ndarray:
+    options = [part for weight in weights for part in ("--weight", weight)]
+    result = run("mix", "dog.png", "photos/cat.png", "--prompt", "<image> on <image>", "--tokens", "4", "--tfg", "1",
+                 "--out", "-".join(weights), *options, *FAST)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    return pixels_of(f"{'-'.join(weights)}/dog+cat-mix-seed0.png")
+
+
+def test_weights_count_for_all_photos_or_for_each_in_order(folder):
+    Image.new("RGB", (32, 32), "navy").save("photos/cat.png")
+    assert (drawn_with("0.5") == drawn_with("0.5", "0.5")).all()
+    assert (drawn_with("1.5", "0") != drawn_with("0", "1.5")).any()
+    weights = [image.weight for image in load_recipe("0-1.5/dog+cat-mix-seed0.png").images]
+    assert weights == [0, 1.5]
+
+
+def test_tokens_are_written_into_pngs_only_when_they_are_shared(folder, pipeline, picture):
+    arguments = ("mix", "dog.png", "--prompt", "a photo of <image>", "--tokens", "3", "--weight", "0.5", *FAST)
+    assert run(*arguments, "--out", "private").exit_code == 0
+    assert run(*arguments, "--out", "shared", "--share-tokens").exit_code == 0
+    assert b"vilex-2:" not in Path("private/dog-mix-seed0.png").read_bytes()
+    [image] = load_recipe("shared/dog-mix-seed0.png").images
+    assert (image.name, image.num_tokens, image.weight, image.fit) == ("dog", 3, 0.5, "crop")
+    expected = pipeline.weigh(pipeline.encode(picture, 3)[0], 0.5)
+    torch.testing.assert_close(image.tokens(pipeline.fingerprint), expected, rtol=0, atol=0.01)
+
+
+def test_reconstructions_share_as_many_tokens_as_they_show(folder):
+    run("reconstruct", "dog.png", "--tokens", "1,4", "--out", "out", "--share-tokens", *FAST)
+    assert [load_recipe(f"out/dog-t{count}.png").images[0].num_tokens for count in (1, 4)] == [1, 4]
+    lengths = [len(load_recipe(f"out/dog-t{count}.png").images[0].code) for count in (1, 4)]
+    assert lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("sharing", [("--share-tokens",), ()])
+def test_redo_draws_the_same_picture_again(folder, sharing):
+    Image.new("RGB", (40, 32), "navy").save("photos/cat.png")
+    prompt = "[cat] and a red <image:1> in style of monet"
+    run("mix", "dog.png", "photos/cat.png", "--prompt", prompt, "--tokens", "3", "--weight", "1.2", "--weight", "0.7",
+        "--fit", "pad", "--seed", "9", "--count", "2", "--out", "out", *sharing, *FAST)  # fmt: skip
+    photos = () if sharing else ("--photo", "dog.png", "--photo", "photos/cat.png")
+    result = run("redo", "out", *photos, "--out", "again")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert names_in("again") == ["dog+cat-mix-seed10-redo.png", "dog+cat-mix-seed9-redo.png"]
+    for seed in (9, 10):
+        first, again = f"out/dog+cat-mix-seed{seed}.png", f"again/dog+cat-mix-seed{seed}-redo.png"
+        assert abs(pixels_of(first) - pixels_of(again)).max() <= (6 if sharing else 2)
+        assert load_recipe(first) == load_recipe(again)
+    assert abs(pixels_of("again/dog+cat-mix-seed9-redo.png") - pixels_of("out/dog+cat-mix-seed10.png")).max() > 6
+
+
+def test_redo_says_what_is_other_here(folder):
+    run("generate", "--prompt", "a red dog", "--count", "1", "--out", "out", *FAST)
+    path = Path("out/a-red-dog-seed0.png")
+    recipe = load_recipe(path)
+    with Image.open(path) as image:
+        save_png(image, path, replace(recipe, environment=recipe.environment | {"torch": "1.0"}))
+    result = run("redo", str(path), "--out", "again")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("a-red-dog-seed0.png: Drawn with torch 1.0 (here ")
+
+
+def test_redo_goes_on_after_pictures_it_cannot_draw(folder):
+    run("vary", "dog.png", "--count", "1", "--tokens", "3", "--out", "out", *FAST)
+    run("blend", "dog.png", "photos/cat.png", "--count", "2", "--tokens", "3", "--out", "blended", *FAST)
+    run("encode", "dog.png", "--out", "dog.vilex")
+    blended = "blended/dog+cat-000.png"
+    result = run("redo", "dog.png", "out", blended, "--photo", "dog.png", "--out", "again")
+    assert result.exit_code == 1 and names_in("again") == ["dog-seed0-redo.png"]
+    assert result.stderr.splitlines() == [
+        "skipped: dog.png carries no settings of ViLex",
+        "skipped: dog+cat-000.png: no single picture gives the tokens of 'dog+cat': give its .vilex file or code",
+    ]
+    assert run("redo", blended, "--photo", "dog.vilex", "--out", "again").exit_code == 0
+    assert abs(pixels_of("again/dog+cat-000-redo.png") - pixels_of(blended)).max() <= 2
+
+
+def test_a_foreign_code_inside_is_refused_with_both_models(folder, pipeline):
+    run("vary", "dog.png", "--count", "1", "--tokens", "3", "--share-tokens", "--out", "out", *FAST)
+    pipeline.__dict__["fingerprint"] = "another"
+    result = run("redo", "out", "--out", "again")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("skipped: dog-seed0.png: the code was made by ")
+    assert result.stderr.endswith("this model is 'another'\n")
+
+
+def test_blend_draws_a_row_that_ends_at_its_pictures(folder):
+    Image.new("RGB", (32, 32), "navy").save("photos/cat.png")
+    shared = ("--tokens", "4", "--raw", *FAST)
+    result = run("blend", "dog.png", "photos/cat.png", "--count", "3", "--out", "row", *shared)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert names_in("row") == ["dog+cat-000.png", "dog+cat-050.png", "dog+cat-100.png"]
+    for name, end in (("dog.png", "000"), ("photos/cat.png", "100")):
+        run("vary", name, "--count", "1", "--out", "ends", *shared)
+        own = pixels_of(f"ends/{Path(name).stem}-seed0.png")
+        assert abs(own - pixels_of(f"row/dog+cat-{end}.png")).max() <= 2
+    middle = pixels_of("row/dog+cat-050.png")
+    assert all((middle != pixels_of(f"row/dog+cat-{end}.png")).any() for end in ("000", "100"))
+
+
+def test_graft_takes_the_first_tokens_of_one_and_the_rest_of_the_other(folder):
+    Image.new("RGB", (32, 32), "navy").save("photos/cat.png")
+    result = run("blend", "dog.png", "photos/cat.png", "--graft", "2", "--tokens", "5", "--out", "out",
+                 "--share-tokens", *FAST)  # fmt: skip
+    assert result.exit_code == 0 and names_in("out") == ["dog+cat-graft2.png"]
+    [image] = load_recipe("out/dog+cat-graft2.png").images
+    run("encode", "dog.png", "photos/cat.png", "--tokens", "5", "--out", "words")
+    dog, cat = (load_code(f"words/{name}.vilex").vilex_tokens for name in ("dog", "cat"))
+    tokens = from_text(image.code).vilex_tokens
+    torch.testing.assert_close(tokens, torch.cat([dog[:2], cat[2:]]), rtol=0.02, atol=0.02)
+
+
+def test_sheets_show_what_was_given_and_drawn(folder):
+    for command, stem, options, drawn in (
+        ("reconstruct", "dog", ("--tokens", "1,4"), 2),
+        ("vary", "dog", ("--tokens", "4", "--count", "3"), 3),
+        ("mix", "dog-mix", ("--prompt", "a painting of <image>"), 1),
+    ):
+        result = run(command, "dog.png", *options, "--sheet", "--raw", "--out", command, *FAST)
+        assert result.exit_code == 0 and result.stdout.split()[-1] == str(Path(f"{command}/{stem}-sheet.png"))
+        assert len(names_in(command)) == drawn + 1
+        height, width, _ = pixels_of(f"{command}/{stem}-sheet.png").shape
+        assert width > (drawn + 1) * 32 and 32 < height < 64
+    result = run("blend", "dog.png", "photos/cat.png", "--count", "2", "--sheet", "--out", "row", *FAST)
+    assert result.exit_code == 0 and "dog+cat-sheet.png" in names_in("row")
+
+
+def test_inspect_lists_the_nearest_words_of_each_token(folder, pipeline):
+    result = run("inspect", "dog.png", copied("dog.png", pipeline, 2), "--tokens", "2", "--words", "3")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert [lines[0], lines[4]] == ["dog", "word"] and lines[1] == "token  distance  nearest words" and len(lines) == 8
+    with Image.open("dog.png") as image:
+        reading = pipeline.read(pipeline.encode(image.convert("RGB"), 2)[0], 3)[1]
+    words = [part for near in reading.neighbours for part in (near.word, f"{near.similarity:.2f}")]
+    assert lines[3].split() == ["2", f"{reading.distance:.1f}", *words]
+
+
 MIX = ("mix", "dog.png", "--prompt")
+FOREIGN = to_text(VilexCode(torch.ones(2, 8), "someone"))
 BAD_INPUTS = [
     (("vary", "nowhere.png"), "'nowhere.png' does not exist"),
     (("vary",), "Missing argument 'PHOTO...'"),
@@ -190,6 +359,18 @@ BAD_INPUTS = [
     ((*MIX, "<image:2>"), "Error: <image:2> asks for an image that is not there: the prompt has 1"),
     ((*MIX, "<image> <image>", "--out", "dog.png/sub"), "Not a directory"),
     (("mix", "photos", "--prompt", "<image> on <image>"), "Error: broken.png is not a readable picture"),
+    ((*MIX, "<image>", "--weight", "2.1"), "2.1 is not in the range 0.0<=x<=2.0"),
+    ((*MIX, "a", "--weight", "1", "--weight", "0"), "Error: --weight is given once, or once for each of 1 pictures"),
+    (("vary", "vilex-2:m:AAAA"), "skipped: word: the code is damaged: a part is missing or altered"),
+    (("vary", FOREIGN), "skipped: word: the code was made by 'someone', this model is"),
+    (("blend", "dog.png"), "Error: blend takes two pictures, got 1"),
+    (("blend", "dog.png", "dog.png", "--graft", "76"), "76 is not in the range 0<=x<=75"),
+    (("redo", "dog.png"), "skipped: dog.png carries no settings of ViLex"),
+    (("redo", "nowhere.png"), "'nowhere.png' does not exist"),
+    (("redo", "drawn.png"), "skipped: drawn.png does not hold the tokens of its pictures: give 1 by --photo, got 0"),
+    (("redo", "drawn.png", "--photo", "photos/broken.png"), "skipped: drawn.png: broken.png is not a readable"),
+    (("inspect", "photos/broken.png"), "skipped: broken.png is not a readable picture"),
+    (("inspect", "dog.png", "--words", "0"), "0 is not in the range 1<=x<=20"),
     (("generate", "--prompt", "<image>"), "Error: <image> asks for an image that is not there: the prompt has 0"),
     (("encode", "dog.png", "photos", "--out", "x.vilex"), "Error: 4 pictures need a folder, --out is the file x.vilex"),
     (("encode", "foreign.vilex", "--out", "foreign.vilex"), "skipped: foreign.vilex: the code was made by"),
@@ -200,6 +381,8 @@ BAD_INPUTS = [
 def test_bad_input_ends_with_2_and_one_sentence(folder, arguments, message):
     Path("empty").mkdir()
     save_code("foreign.vilex", torch.zeros(2, 8), "someone")
+    recipe = Recipe("", GenerationConfig(), "tiny", "0", "float32", "cpu", {}, (RecipeImage("dog", 3),))
+    save_png(Image.new("RGB", (32, 32)), "drawn.png", recipe)
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.stderr
@@ -245,4 +428,5 @@ def test_help_needs_neither_diffusers_nor_transformers():
 def test_the_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "vilex", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("Usage: vilex [OPTIONS] COMMAND")
-    assert all(verb in result.stdout for verb in ("encode", "generate", "mix", "reconstruct", "vary"))
+    verbs = ("blend", "encode", "generate", "inspect", "mix", "reconstruct", "redo", "vary")
+    assert all(f"\n  {verb} " in result.stdout for verb in verbs)

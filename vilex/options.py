@@ -11,7 +11,8 @@ from typing import Any
 import click
 import torch
 
-from vilex.config import MAX_TOKENS, GenerationConfig, range_of
+from vilex.codes import TEXT_PREFIX
+from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, range_of
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +30,16 @@ class Engine:
     model: str | None
     device: str | None
     dtype: str | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where pictures go and what goes with them."""
+
+    out: Path
+    raw: bool = False
+    share_tokens: bool = False
+    sheet: bool = False
 
 
 def sentence(error: Exception) -> str:
@@ -66,6 +77,16 @@ def _stack(*decorators: Callable) -> Callable:
     return lambda command: functools.reduce(lambda wrapped, add: add(wrapped), reversed(decorators), command)
 
 
+class Photo(click.Path):
+    """A file or folder as a path, or a copied code, which stays text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, which must exist, or the code."""
+        is_code = isinstance(value, str) and value.strip().startswith(TEXT_PREFIX)
+        return value if is_code else super().convert(value, param, ctx)
+
+
+_photo = Photo(exists=True, path_type=Path)
 model_options = _stack(
     click.option("--model", help="Folder, name in assets/weights or hub id; else VILEX_WEIGHTS, else the default."),
     click.option("--device", help="cpu, cuda, cuda:1, mps; else VILEX_DEVICE, else the fastest there is."),
@@ -77,7 +98,7 @@ model_options = _stack(
     click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr."),
 )
 photo_options = _stack(
-    click.argument("photos", nargs=-1, required=True, metavar="PHOTO...", type=click.Path(exists=True, path_type=Path)),
+    click.argument("photos", nargs=-1, required=True, metavar="PHOTO...", type=_photo),
     click.option(
         "--fit",
         type=click.Choice(["crop", "pad"]),
@@ -93,18 +114,39 @@ out_option = click.option(
     show_envvar=True,
     help="Folder for the pictures; made if needed, files of the same name are replaced.",
 )
+result_options = _stack(
+    click.option("--raw", is_flag=True, help="Save the model's own pixels, without the upsampler."), out_option
+)
 drawing_options = _stack(
     setting_option("--seed", "seed"),
     setting_option("--steps", "num_inference_steps"),
     setting_option("--guidance", "guidance_scale"),
-    click.option("--raw", is_flag=True, help="Save the model's own pixels, without the upsampler."),
-    out_option,
+    result_options,
+)
+sharing_options = _stack(
+    click.option(
+        "--share-tokens",
+        is_flag=True,
+        help="Write the PHOTOs' tokens into the PNGs, for redo. Whoever has them can draw what the PHOTOs show.",
+    ),
+    click.option("--sheet", is_flag=True, help="Also save all pictures of a PHOTO in one, <stem>-sheet.png."),
+)
+weight_option = click.option(
+    "--weight",
+    "weights",
+    type=click.FloatRange(WEIGHT_RANGE.minimum, WEIGHT_RANGE.maximum),
+    multiple=True,
+    default=(1.0,),
+    help=f"For all PHOTOs, or once for each in order: {WEIGHT_RANGE.help}.",
+)
+photo_option = click.option(
+    "--photo", "photos", multiple=True, type=_photo, help="For a picture whose tokens are not inside; in their order."
 )
 prompt_option = click.option("--prompt", required=True, help="What the picture shows, in words.")
 
 
 def shared(command: Callable) -> Callable:
-    """Adds the options of every command, hands over `engine` and `config`, and makes errors one sentence."""
+    """Adds the options of every command, hands over `engine`, `config` and `output`, makes errors one sentence."""
 
     @model_options
     @functools.wraps(command)
@@ -113,10 +155,17 @@ def shared(command: Callable) -> Callable:
             logging.basicConfig(format="%(name)s: %(message)s")
             logging.getLogger("vilex").setLevel(logging.INFO)
         with one_sentence():
-            settings = {name: values.pop(name) for name in GenerationConfig.__dataclass_fields__ if name in values}
-            command(engine=Engine(model, device, dtype), config=GenerationConfig(**settings), **values)
+            if settings := _take(GenerationConfig, values):
+                values["config"] = GenerationConfig(**settings)
+            if "raw" in values:
+                values["output"] = Output(**_take(Output, values))
+            command(engine=Engine(model, device, dtype), **values)
 
     return wrapped
+
+
+def _take(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values.pop(name) for name in kind.__dataclass_fields__ if name in values}
 
 
 class TokenBudgets(click.ParamType):

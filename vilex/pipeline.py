@@ -20,7 +20,7 @@ from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
 from vilex.prompt import ComposedPrompt, compose, embedding_module, has_words, words_removed
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
-from vilex.words import Reading, nearest_words, word_distance
+from vilex.words import Reading, nearest_words, weigh, word_distance
 
 Fit = Literal["crop", "pad"]
 Word = Image.Image | Tensor  # a picture, or its ViLex tokens (N,D)
@@ -118,6 +118,17 @@ class VilexPipeline:
         if side**2 != maps.shape[1]:
             raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
         return maps.unflatten(1, (side, side))  # (N,h,w)
+
+    def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
+        """vilex_tokens (N,D) that say more or less: 0 is the average word of the text encoder, 1 leaves them alone.
+
+        Raises ValueError for a weight outside 0..2.
+        """
+        return weigh(vilex_tokens, weight, self._average_word.to(vilex_tokens))
+
+    @cached_property
+    def _average_word(self) -> Tensor:
+        return self.t2i.word_statistics()[0]
 
     def read(self, vilex_tokens: Tensor, count: int = 5) -> list[Reading]:
         """A Reading with `count` words of each of vilex_tokens (N,D): a hint, not a fact.
