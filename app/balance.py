@@ -86,7 +86,7 @@ def build_balance(studio: Studio) -> None:
         "The prompt at few and many tokens (left to right) and with little and much weight on its words (top to "
         "bottom), small and quick. Click the best one to take over both settings."
     )
-    draw = gr.Button("Draw the map", variant="primary", min_width=140, elem_id="map")
+    draw = gr.Button("Draw the map", variant="primary", elem_id="map")
     gallery = gr.Gallery(
         label="Tokens (columns) and words against picture (rows)", format="png", columns=len(tab.budgets),
         object_fit="contain", interactive=False, height="auto", elem_id="balance", elem_classes="thumbs",

@@ -21,8 +21,8 @@ from vilex.prompt import embedding_module, tokenize
 from vilex.words import blend, graft, shift
 
 CUTS = (1, 4, 16, 40)  # first tokens of A in a row of grafts
-COUNT_RANGE = Range(3, 9, "pictures from the first to the second, both included")
-STRENGTH_RANGE = Range(0.0, 4.0, "how far the words move the picture")
+COUNT_RANGE = Range(3, 9, "Pictures from the first to the second, both included")
+STRENGTH_RANGE = Range(0.0, 4.0, "How far the words move the picture")
 _MAX_CAPTION = 60  # characters
 
 
@@ -128,65 +128,61 @@ def build_blend(studio: Studio) -> None:
     tab = Blend(studio.handlers)
     with gr.Row():
         first, second = card_choice("From, or content of"), card_choice("To, or look of", NAMES[1])
+    fade, count = _build_cross_fade()
+    join, cuts = _build_graft(studio.handlers.max_tokens)
+    move, terms = _build_algebra()
     gallery = gr.Gallery(
         label="Blends", format="png", columns=5, object_fit="contain", interactive=False, height="auto",
         elem_id="blends", elem_classes="thumbs", buttons=["download", "download_all", "fullscreen"],
         allow_preview=False,
     )  # fmt: skip
     words, chosen = gr.State(()), gr.State(None)
-    outputs = [gallery, words, chosen, studio.status]
-    shared = studio.inputs("cards", "view", "embed", "seed", *SAMPLING) | {"first": first}
-    for build, fn, name in (
-        (_build_cross_fade, tab.cross_fade, "blend"),
-        (_build_graft, tab.graft, "graft"),
-        (_build_algebra, tab.algebra, "algebra"),
-    ):
-        button, own = build(studio.handlers.max_tokens)
-        pair = {} if fn == tab.algebra else {"second": second}
-        studio.compute(button.click, fn, outputs, shared | pair | own, api_name=name)
+    outputs, one = [gallery, words, chosen, studio.status], {"first": first}
+    shared = one | studio.inputs("cards", "view", "embed", "seed", *SAMPLING)
+    two = shared | {"second": second}
+    studio.compute(fade.click, tab.cross_fade, outputs, two | count, api_name="blend")
+    studio.compute(join.click, tab.graft, outputs, two | cuts, api_name="graft")
+    studio.compute(move.click, tab.algebra, outputs, shared | terms, api_name="algebra")
     gallery.select(select, None, chosen, show_progress="hidden", queue=False, api_visibility="private")
     _build_use(studio, tab, words, chosen)
 
 
-def _build_cross_fade(max_tokens: int) -> tuple[gr.Button, dict[str, Component]]:
-    with gr.Row(equal_height=True):
-        bounds = COUNT_RANGE
+def _build_cross_fade() -> tuple[gr.Button, dict[str, Component]]:
+    with gr.Accordion("From one to the other", open=True):
         count = gr.Slider(
-            bounds.minimum, bounds.maximum, 5, step=1, label="Pictures in the row", info=bounds.help, min_width=180,
-            scale=3,
-        )  # fmt: skip
-        return gr.Button("Blend", variant="primary", min_width=100, scale=1), {"count": count}
+            COUNT_RANGE.minimum, COUNT_RANGE.maximum, 5, step=1, label="Pictures in the row", info=COUNT_RANGE.help
+        )
+        return gr.Button("Blend", variant="primary"), {"count": count}
 
 
 def _build_graft(max_tokens: int) -> tuple[gr.Button, dict[str, Component]]:
     with gr.Accordion("Content of one, look of the other", open=False):
         gr.Markdown("The first tokens hold what a picture shows, the last ones how it looks: cut and join them.")
-        with gr.Row(equal_height=True):
+        with gr.Row():
             cut = gr.Slider(
-                0, max_tokens, min(16, max_tokens), step=1, label="Cut", info=CUT_RANGE.help, min_width=180, scale=3
-            )
+                0, max_tokens, min(16, max_tokens), step=1, label="Cut", min_width=180, scale=3,
+                info="Tokens of the first; the rest are the second's",
+            )  # fmt: skip
             row = gr.Checkbox(True, label=f"Also {', '.join(map(str, CUTS))}", min_width=140, scale=1)
-            return gr.Button("Graft", min_width=100, scale=1), {"cut": cut, "row": row}
+        return gr.Button("Graft", variant="primary"), {"cut": cut, "row": row}
 
 
-def _build_algebra(max_tokens: int) -> tuple[gr.Button, dict[str, Component]]:
+def _build_algebra() -> tuple[gr.Button, dict[str, Component]]:
     with gr.Accordion("Take words away, add words", open=False):
         gr.Markdown("Moves every token of the first picture. Best give both: “snow” away, “sand” added.")
-        with gr.Row(equal_height=True):
+        with gr.Row():
             words = {"max_length": MAX_PROMPT_CHARS, "min_width": 140, "max_lines": 1}
             minus = gr.Textbox("", label="Take away", placeholder="snow", **words)
             plus = gr.Textbox("", label="Add", placeholder="sand", **words)
-            strength = gr.Slider(
-                STRENGTH_RANGE.minimum, STRENGTH_RANGE.maximum, 1, step=0.1, label="Strength",
-                info=STRENGTH_RANGE.help, min_width=140,
-            )  # fmt: skip
-        return gr.Button("Move it", min_width=100), {"minus": minus, "plus": plus, "strength": strength}
+        strength = gr.Slider(
+            STRENGTH_RANGE.minimum, STRENGTH_RANGE.maximum, 1, step=0.1, label="Strength", info=STRENGTH_RANGE.help
+        )
+        return gr.Button("Move it", variant="primary"), {"minus": minus, "plus": plus, "strength": strength}
 
 
 def _build_use(studio: Studio, tab: Blend, words: gr.State, chosen: gr.State) -> None:
-    with gr.Row(equal_height=True):
-        target = card_choice("Put the chosen picture into", NAMES[2])
-        button = gr.Button("Use as a picture", min_width=140)
+    target = card_choice("Put the chosen picture into", NAMES[2])
+    button = gr.Button("Use as a picture")
     outputs = [card.word for card in studio.cards]
     # queued, since only queued events show their errors
     button.click(tab.use, [words, chosen, target], outputs, show_progress="hidden", api_visibility="private")

@@ -193,11 +193,11 @@ def build_compare(studio: Studio) -> None:
         "Two pictures from one noise, in an order that stays hidden until you have voted. The votes are kept in this "
         "page alone."
     )
-    with gr.Row(equal_height=True):
+    with gr.Row():
         card = card_choice("Input")
         first = gr.Dropdown(names, value=names[1], label="One arm", filterable=False, min_width=140)
         second = gr.Dropdown(names, value=names[-1], label="Other arm", filterable=False, min_width=140)
-        draw = gr.Button("Draw a pair", variant="primary", min_width=120, elem_id="pair")
+    draw = gr.Button("Draw a pair", variant="primary", elem_id="pair")
     with gr.Row(elem_id="blind"):
         seen, left, right = (_picture(label) for label in ("Input", "Left", "Right"))
     trial, votes = gr.State(None), gr.State(())
@@ -206,7 +206,7 @@ def build_compare(studio: Studio) -> None:
             gr.Radio(ANSWERS, label=question, min_width=200, elem_id=f"vote-{name}")
             for name, question in QUESTIONS.items()
         ]
-    vote = gr.Button("Vote", min_width=120, elem_id="vote")
+    vote = gr.Button("Vote", elem_id="vote")
     verdict, counts = gr.HTML("", label="What was what", elem_id="verdict"), gr.HTML("", label="Votes so far")
     with gr.Accordion("Votes as a table (CSV)", open=False):
         text = gr.Textbox(

@@ -131,7 +131,7 @@ def legend(heat: np.ndarray, token: int) -> str:
 def build_inspector(studio: Studio) -> None:
     """Lays out the tab and wires it."""
     tab, count = Inspector(studio.handlers), studio.handlers.max_tokens
-    with gr.Row(equal_height=True):
+    with gr.Row():
         card = card_choice("Picture to inspect")
         token = gr.Slider(0, count, 0, step=1, label="Token", info=TOKEN_RANGE.help, min_width=180, elem_id="token")
     with gr.Row():

@@ -2,6 +2,7 @@
 
 import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ assert app
 
 
 @pytest.fixture
-def handlers(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Handlers:
+def handlers(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    return Handlers(pipeline)
+    handlers = Handlers(pipeline)
+    yield handlers
+    handlers.engine.close()
 
 
 @pytest.fixture
