@@ -64,14 +64,15 @@ def take_cards(values: dict[str, Any]) -> list[CardInput]:
     Raises ValueError for a name, weight, token count or way to fit that cannot be.
     """
     taken = [{f: values.pop(card_key(f, i), default) for f, default in _DEFAULTS.items()} for i in range(MAX_CARDS)]
-    cards = [_checked(CardInput(**card)) for card in taken if card["picture"] is not None or card["word"]]
+    cards = [check_card(CardInput(**card)) for card in taken if card["picture"] is not None or card["word"]]
     names = [card.name for card in cards if card.name]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two pictures are called {twice!r}: each needs a name of its own")
     return cards
 
 
-def _checked(card: CardInput) -> CardInput:
+def check_card(card: CardInput) -> CardInput:
+    """The card itself. Raises ValueError with one sentence for what cannot be."""
     if not isinstance(card.word, str):
         raise ValueError(f"a picture's code must be text, got {type(card.word).__name__}")
     if not isinstance(card.name, str) or (card.name and not _NAME.fullmatch(card.name)):

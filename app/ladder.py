@@ -153,8 +153,8 @@ def use(handlers: Handlers, index: int, budgets: str) -> tuple:
     return *[count] * 4, finished(f"Every picture now speaks with {rung_name(count)}.")
 
 
-def build_ladder(studio: Studio) -> None:
-    """Lays out the tab and wires it; a new picture A is rebuilt at once."""
+def build_ladder(studio: Studio) -> list[gr.Image]:
+    """Lays out the tab and wires it; a new picture A is rebuilt at once. Gives the places of the results."""
     start = sorted({min(rung, studio.handlers.max_tokens) for rung in DEFAULT_RUNGS})
     with gr.Row(elem_id="ladder-bar"):
         budgets = gr.Textbox(
@@ -165,6 +165,7 @@ def build_ladder(studio: Studio) -> None:
     with gr.Row(elem_id="rungs"):
         rungs = [_build_rung(i, start) for i in range(MAX_RUNGS)]
     _wire(studio, budgets, again, rungs, gr.State(start))
+    return [rung.image for rung in rungs]
 
 
 def _build_rung(index: int, start: Sequence[int]) -> Rung:

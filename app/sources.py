@@ -1,12 +1,11 @@
 """How pictures come into their cards: dropped, by address, as a code; and how cards come and go."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import gradio as gr
 
-from app.cards import NAMES, Upload, pack, unpack
+from app.cards import Upload, pack, unpack
 from app.download import download
 from app.handlers import Handlers
 from app.messages import finished, in_words, sentence
@@ -115,12 +114,3 @@ def remove(index: int, shown: Shown) -> tuple:
     shown = [is_shown and i != index for i, is_shown in enumerate(shown)]
     hidden = gr.update(visible=False)
     return None, hidden, shown, gr.update(visible=True), None, "", "", hidden
-
-
-def free_card(shown: Shown, filled: Sequence[bool]) -> int:
-    """The card that a new word goes to: the first that is empty, else the last.
-
-    >>> free_card([True, True, False, False], [True, False, False, False])
-    1
-    """
-    return next((i for i, is_filled in enumerate(filled) if not is_filled), len(NAMES) - 1)

@@ -7,12 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
+from app.about import build_about
+from app.balance import build_balance
+from app.blend import build_blend
+from app.compare import build_compare
 from app.handlers import Handlers
+from app.history import build_history, wire_history
+from app.inspector import build_inspector
 from app.ladder import build_ladder
 from app.messages import duration
 from app.panel import Panel, build_panel
 from app.pictures import build_gallery, build_pictures
+from app.restore import build_page
 from app.sources import arrive, wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
@@ -27,6 +35,7 @@ PROMPTS = (
     "oil painting of <image> by Vincent van Gogh",
     "a photo of a flower. <image>",
 )
+TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspector, "Compare": build_compare}
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 _DRAW_SEED = f"""(...inputs) => {{
@@ -60,10 +69,12 @@ def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
             with gr.Column(scale=5, min_width=300, elem_id="left"):
                 panel = build_panel(handlers, notes.steps)
             with gr.Column(scale=7, min_width=300, elem_id="right"):
-                studio = _build_results(handlers, panel)
+                studio, results, history = _build_results(handlers, panel)
                 examples = _build_examples(panel)
         gr.HTML(_footer(handlers, notes), elem_id="small-print")
-        _wire(demo, studio, panel, examples)
+        shown = _wire(demo, studio, panel, examples)
+        page = build_page(studio, panel, shown, history[0])
+        wire_history(demo, studio, panel, page, *history[1:], results)
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -71,7 +82,7 @@ def launch_options() -> dict[str, Any]:
     """Arguments of Blocks.launch that belong to this page."""
     return {
         "theme": build_theme(),
-        "css_paths": [Path(__file__).with_name("style.css")],
+        "css_paths": sorted(Path(__file__).parent.glob("*.css")),
         "head": _KEYS,
         "show_error": True,
         "max_file_size": "20mb",
@@ -79,17 +90,27 @@ def launch_options() -> dict[str, Any]:
     }
 
 
-def _build_results(handlers: Handlers, panel: Panel) -> Studio:
+def _build_results(
+    handlers: Handlers, panel: Panel
+) -> tuple[Studio, list[Component], tuple[gr.Gallery, gr.Button, gr.State]]:
+    """The tabs, where the ladder and the gallery show their results, and the parts of the history."""
     status = gr.HTML("<p>Ready.</p>", label="What is happening", elem_id="status")
     with gr.Tabs(elem_id="tabs") as tabs:
         studio = Studio(
             handlers, panel.cards, panel.prompt, panel.settings, panel.view, panel.embed, status, build_gallery(), tabs
         )  # fmt: skip
         with gr.Tab("Ladder", id="ladder"):
-            build_ladder(studio)
+            rungs = build_ladder(studio)
         with gr.Tab("Pictures", id="pictures"):
             build_pictures(studio, panel.generate, _DRAW_SEED)
-    return studio
+        for name, build in TABS.items():
+            with gr.Tab(name, id=name.lower()):
+                build(studio)
+        with gr.Tab("History", id="history"):
+            history = build_history()
+        with gr.Tab("About", id="about"):
+            build_about(studio)
+    return studio, [*rungs, studio.gallery], history
 
 
 def _build_examples(panel: Panel) -> gr.Examples:
@@ -102,7 +123,8 @@ def _build_examples(panel: Panel) -> gr.Examples:
     return examples
 
 
-def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) -> None:
+def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) -> gr.State:
+    """Every event outside the tabs; gives the state of which cards are on the page."""
     handlers, first, extra = studio.handlers, panel.cards[0], panel.extras[0]
     studio.compute(
         panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode",
@@ -113,7 +135,7 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
         [panel.stop.click, first.picture.input, examples.dataset.click], None, cancels=studio.jobs,
         api_visibility="private",
     )  # fmt: skip
-    wire_cards(handlers, panel)
+    shown = wire_cards(handlers, panel)
     examples.load_input_event.then(
         partial(arrive, handlers), [first.picture, first.fit], [first.seen, first.word, first.note, extra.restore],
         preprocess=False, show_progress="hidden", api_visibility="private",
@@ -129,6 +151,7 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
         None, panel.view, js="(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }",
         api_visibility="private",
     )  # fmt: skip
+    return shown
 
 
 def weights_licence(folder: Path) -> str:

@@ -1,0 +1,77 @@
+"""The tab History: all results of this page, to look at and to bring back; and what survives a refresh."""
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.messages import in_words
+from app.panel import Panel
+from app.restore import MAX_REMEMBERED, Page, bring_back, open_file, remember
+from app.studio import Studio
+
+STORAGE_KEY, SECRET = "vilex-page", "vilex"  # fixed, or a restart of the app would forget everybody's page
+_REMEMBER = f"""(history, ...results) => {{
+  const items = results.flat().filter(Boolean).map((item) => item.image ? item : {{ image: item, caption: null }});
+  const isNew = (item) => /vilex-[^/]*[.]png$/.test(item.image?.path ?? "")
+    && !(history ?? []).some((old) => old.image.path === item.image.path);
+  const named = (item) => ({{ ...item,
+    caption: item.caption ?? item.image.path.match(/vilex-([^/]*)[.]png$/)[1].replaceAll("-", " ") }});
+  return [...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED});
+}}"""
+_QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def build_history() -> tuple[gr.Gallery, gr.Button, gr.State]:
+    """The gallery of the page's results, newest first, the button that brings one back, and which is picked."""
+    gr.Markdown("Results of this page, newest first. They are on this server for a day; your browser keeps the list.")
+    history = gr.Gallery(
+        label="History", format="png", columns=6, object_fit="contain", interactive=False, elem_id="history",
+        buttons=["download", "download_all", "fullscreen"], height="auto", elem_classes="thumbs",
+    )  # fmt: skip
+    back = gr.Button("Bring back the settings of the picked one", elem_id="bring-back", size="md")
+    return history, back, gr.State(None)
+
+
+def wire_history(
+    demo: gr.Blocks, studio: Studio, panel: Panel, page: Page, back: gr.Button, picked: gr.State, results: list[Any]
+) -> None:
+    """Keeps results in the history, settings in the browser, and brings both back."""
+    history = page.targets["history"]
+    for job in studio.jobs:
+        job.success(None, [history, *results], history, js=_REMEMBER, **_QUIET)
+    history.select(_pick, None, picked, queue=False, **_QUIET)
+    back.click(partial(_back, page), [history, picked], page.outputs(), preprocess=False, **_QUIET)
+    pictures = [part for card in panel.cards for part in (card.picture, card.word)]
+    panel.open.upload(partial(_open, page), [panel.open, *pictures], page.outputs(), preprocess=False, **_QUIET)
+    for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
+        extra.restore.click(
+            partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
+        )  # fmt: skip
+    _wire_memory(demo, page)
+
+
+def _wire_memory(demo: gr.Blocks, page: Page) -> None:
+    memory = gr.BrowserState({}, storage_key=STORAGE_KEY, secret=SECRET)
+    kept = [page.targets[name] for name in page.remembered]
+    demo.load(partial(remember, page), memory, page.outputs(), **_QUIET)
+    gr.on([part.change for part in kept], None, kept, memory, js=page.save_js(), **_QUIET)
+
+
+def _pick(event: gr.SelectData) -> int:
+    return event.index
+
+
+def _back(page: Page, history: list[dict[str, Any]] | None, picked: int | None) -> tuple:
+    with in_words():
+        if picked is None or not history or picked >= len(history):
+            raise ValueError("Pick a result first")
+    return bring_back(page, history[picked]["image"]["path"])
+
+
+def _open(page: Page, file: dict[str, Any], *cards: Any) -> tuple:
+    return open_file(page, file["path"], [bool(cards[i] or cards[i + 1]) for i in range(0, len(cards), 2)])
+
+
+def _restore(page: Page, index: int, picture: dict[str, Any]) -> tuple:
+    return bring_back(page, picture["path"], {index})

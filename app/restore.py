@@ -1,0 +1,168 @@
+"""Nothing is lost: a result's recipe, or what the browser remembers, brings prompt, settings and pictures back."""
+
+import dataclasses
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from gradio.utils import get_upload_folder
+
+from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack
+from app.handlers import Handlers, Look, text_of
+from app.ladder import rung_name
+from app.messages import finished, in_words
+from app.panel import Panel
+from app.studio import Studio
+from vilex.codes import load_code
+from vilex.config import GenerationConfig
+from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
+
+MAX_REMEMBERED = 60  # results
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """The components that can be brought back, by name; `remembered` are those whose values the browser keeps."""
+
+    handlers: Handlers
+    targets: dict[str, Component]
+    remembered: tuple[str, ...]
+
+    def outputs(self) -> list[Any]:
+        """The components in the order of `fill`."""
+        return list(self.targets.values())
+
+    def fill(self, values: Mapping[str, Any]) -> tuple:
+        """One update per output: the value where there is one."""
+        assert not set(values) - set(self.targets), set(values) - set(self.targets)
+        return tuple(values.get(name, gr.skip()) for name in self.targets)
+
+    def save_js(self) -> str:
+        """JavaScript that makes one object of the remembered components' values."""
+        return f"(...values) => Object.fromEntries({json.dumps(self.remembered)}.map((name, i) => [name, values[i]]))"
+
+
+def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Gallery) -> Page:
+    """All that can be brought back on this page."""
+    kept = {"prompt": panel.prompt, "view": panel.view, "embed": panel.embed, "lock": panel.lock, **panel.settings}
+    kept |= studio.inputs("cards") | {"gallery": studio.gallery, "history": history}
+    panels = {f"panel_{i}": card.panel for i, card in enumerate(panel.cards)}
+    seen = {f"seen_{i}": card.seen for i, card in enumerate(panel.cards)}
+    rest = {"shown": shown, "add": panel.add, "status": studio.status}
+    return Page(studio.handlers, kept | panels | seen | rest, tuple(kept))
+
+
+def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
+    """The page's values for drawing that picture again; cards in `cleared` and beyond its own lose their pictures.
+
+    A picture whose tokens the recipe does not carry stays the one in its card.
+    """
+    values: Values = {"prompt": recipe.prompt, "lock": True}
+    values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
+    images = recipe.images[:MAX_CARDS]
+    for i in range(MAX_CARDS):
+        values |= _card_values(i, images[i] if i < len(images) else None, i in cleared)
+    shown = [i < max(1, len(images)) for i in range(MAX_CARDS)]
+    missing = [NAMES[i] for i, image in enumerate(images) if not image.code]
+    return values | _layout(shown) | {"status": finished(_told(recipe, missing, handlers))}
+
+
+def _card_values(index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
+    if image is None:
+        own: Values = {"picture": None, "word": ""}
+    elif image.code:  # its weight is in it
+        own = {"picture": None, "word": image.code, "weight": 1.0, "num_tokens": image.num_tokens, "name": image.name}
+    else:
+        own = {"weight": image.weight, "num_tokens": image.num_tokens, "fit": image.fit or "crop", "name": image.name}
+        own |= {"picture": None, "word": ""} if is_cleared else {}
+    values = {card_key(name, index): value for name, value in own.items()}
+    return values | ({f"seen_{index}": None} if "picture" in own else {})
+
+
+def _layout(shown: list[bool]) -> Values:
+    panels = {f"panel_{i}": gr.update(visible=is_shown) for i, is_shown in enumerate(shown)}
+    return panels | {"shown": shown, "add": gr.update(visible=not all(shown))}
+
+
+def _told(recipe: Recipe, missing: list[str], handlers: Handlers) -> str:
+    text = "The settings are back, the seed is kept."
+    if missing:
+        which = f"Picture {missing[0]} is" if len(missing) == 1 else f"Pictures {' and '.join(missing)} are"
+        text += f" {which} not in the file: what the card holds is used, or drop the picture in."
+    other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
+    return f"{text} {other}.".replace(" .", "") if other else text
+
+
+def open_file(page: Page, path: str, filled: list[bool]) -> tuple:
+    """What a file brings: a .vilex file a word for the first empty card, a PNG with a recipe all of its settings.
+
+    `filled`: which cards hold something.
+    """
+    with in_words():
+        name = Path(path).name
+        if name.lower().endswith(".vilex"):
+            return page.fill(_word_values(page.handlers, path, filled))
+        recipe = load_recipe(path)
+        if recipe is None:
+            raise ValueError(f"{name} carries no settings; to use it as a picture, drop it on a picture card")
+        return page.fill(from_recipe(page.handlers, recipe))
+
+
+def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
+    code = load_code(path, handlers.ready().fingerprint)
+    index = filled.index(False) if not all(filled) else MAX_CARDS - 1
+    count = len(code.vilex_tokens)
+    told = finished(f"Picture {NAMES[index]} is now a word of {rung_name(count)}.")
+    return {card_key("word", index): pack(code), card_key("num_tokens", index): count, "status": told}
+
+
+def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
+    """The settings of a result. Raises gr.Error where it carries none."""
+    with in_words():
+        recipe = load_recipe(path)
+        if recipe is None:
+            raise ValueError(f"{Path(path).name} carries no settings")
+        return page.fill(from_recipe(page.handlers, recipe, cleared))
+
+
+def remember(page: Page, saved: object) -> tuple:
+    """What the browser remembers of this page, as far as it still holds; nothing of it is taken on trust."""
+    try:
+        return page.fill(_remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {})
+    except (ValueError, TypeError, KeyError, AttributeError):  # of another version, or tampered with: a fresh page
+        return page.fill({})
+
+
+def _remembered(handlers: Handlers, saved: Values) -> Values:
+    values: Values = {"prompt": text_of(saved["prompt"]), "lock": saved["lock"] is True}
+    values |= dataclasses.asdict(Look(saved["view"], saved["embed"]))
+    settings = {f.name: saved[f.name] for f in dataclasses.fields(GenerationConfig) if f.name in saved}
+    config = GenerationConfig.from_dict({k: v for k, v in settings.items() if k != "num_tokens"}).to_dict()
+    values |= {name: config[name] for name in settings if name != "num_tokens"}
+    shown = [True] + [False] * (MAX_CARDS - 1)
+    for i in range(MAX_CARDS):
+        card = check_card(CardInput(**{name: saved[card_key(name, i)] for name in CARD_FIELDS}))
+        path = cached(card.picture)
+        shown[i] |= bool(path or card.word)
+        values |= {card_key(f.name, i): getattr(card, f.name) for f in dataclasses.fields(card)}
+        values[card_key("picture", i)] = path
+        values[f"seen_{i}"] = handlers.look({"path": path}, card.fit) if path else None
+    return values | _layout(shown) | {name: _results(saved[name]) for name in ("gallery", "history")}
+
+
+def _results(items: object) -> list[tuple[str, str]]:
+    found = [(cached(item["image"]), str(item["caption"] or "")) for item in (items or [])[:MAX_REMEMBERED]]
+    return [(path, caption) for path, caption in found if path]
+
+
+def cached(file: object) -> str | None:
+    """The path of a file that lies in gradio's cache; None for all others, and for one that is gone."""
+    path = file.get("path") if isinstance(file, dict) else None
+    if not isinstance(path, str):
+        return None
+    real, folder = Path(path).resolve(), Path(get_upload_folder()).resolve()
+    return str(real) if real.is_relative_to(folder) and real.is_file() else None

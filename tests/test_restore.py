@@ -1,0 +1,201 @@
+"""What brings a page back: recipes, .vilex files and what a browser remembers, on a tiny random pipeline."""
+
+import app  # noqa: F401, I001  first: it sets what gradio reads at import
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from PIL import Image
+
+from app import restore, sources
+from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, unpack
+from app.handlers import Handlers
+from app.restore import Page
+from vilex.codes import load_code
+from vilex.config import GenerationConfig
+from vilex.pipeline import VilexPipeline
+from vilex.recipe import load_recipe
+
+assert app
+
+
+@pytest.fixture
+def handlers(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    handlers = Handlers(pipeline)
+    yield handlers
+    handlers.engine.close()
+
+
+@pytest.fixture
+def upload(handlers: Handlers, picture: Image.Image, tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "cache" / "up" / "corner.png"
+    path.parent.mkdir(parents=True)
+    picture.save(path)
+    return {"path": str(path), "orig_name": "corner.png"}
+
+
+class Everything(dict):
+    """A stand-in for the page's components: any name is one."""
+
+    def __init__(self) -> None:
+        cards = [card_key(name, i) for name in CARD_FIELDS for i in range(MAX_CARDS)]
+        more = [f"{kind}_{i}" for kind in ("panel", "seen") for i in range(MAX_CARDS)]
+        settings = [name for name in GenerationConfig.__dataclass_fields__ if name != "num_tokens"]
+        rest = ["prompt", "view", "embed", "lock", "gallery", "history", "shown", "add", "status"]
+        super().__init__((name, None) for name in [*rest, *cards, *more, *settings])
+
+
+@pytest.fixture
+def page(handlers: Handlers) -> Page:
+    return Page(handlers, Everything(), ())
+
+
+def named(page: Page, updates: tuple) -> dict[str, object]:
+    """What changes, by name."""
+    return {name: value for name, value in zip(page.targets, updates, strict=True) if value != gr.skip()}
+
+
+def draw(handlers: Handlers, upload: dict, **changes: object) -> str:
+    settings = {"view": "raw", "seed": 5, "num_inference_steps": 2, "num_images": 1} | changes
+    [(path, _)] = list(handlers.generate(prompt="[corgi] a dog", picture=upload, name="corgi", **settings))[-1][0]
+    return path
+
+
+def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload):
+    path = draw(handlers, upload, embed=True, weight=0.5, num_tokens=3, tfg_scale=2.0)
+    values = named(page, restore.bring_back(page, path, cleared={0}))
+    assert values["prompt"] == "[corgi] a dog" and values["tfg_scale"] == 2.0 and values["lock"] is True
+    assert (values["name"], values["weight"], values["num_tokens"], values["picture"]) == ("corgi", 1.0, 3, None)
+    settings = {name: values[name] for name in ("seed", "num_images", "num_inference_steps", "tfg_scale")}
+    again = handlers.generate(prompt=values["prompt"], word=values["word"], name="corgi", view="raw", **settings)
+    [(again_path, _)] = list(again)[-1][0]
+    difference = [abs(a - b) for a, b in zip(*(Image.open(p).tobytes() for p in (path, again_path)), strict=True)]
+    assert max(difference) <= 6  # a code is rounded to one byte a number
+    assert "The settings are back" in values["status"] and "not in the file" not in values["status"]
+
+
+def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page, upload):
+    path = draw(handlers, upload, weight=0.5, num_tokens=3)
+    assert all(not image.code for image in load_recipe(path).images)
+    values = named(page, restore.bring_back(page, path))
+    assert (values["weight"], values["num_tokens"]) == (0.5, 3) and "picture" not in values
+    assert "Picture A is not in the file" in values["status"]
+    assert named(page, restore.bring_back(page, path, cleared={0}))["picture"] is None
+
+
+def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload):
+    path, _ = handlers.encode(picture=upload, num_tokens=7)
+    values = named(page, restore.open_file(page, path, [True, False, False, False]))
+    assert set(values) == {"word_2", "num_tokens_2", "status"} and values["num_tokens_2"] == 7
+    assert unpack(values["word_2"]).vilex_tokens.equal(load_code(path).vilex_tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.vilex", b"nothing", "this is not a readable .vilex file"),
+        ("plain.png", None, "plain.png carries no settings; to use it as a picture, drop it on a picture card"),
+        ("broken.png", b"", "broken.png carries no settings"),
+    ],
+)
+def test_a_file_that_brings_nothing_is_named(page, picture, tmp_path, name, content, message):
+    picture.save(tmp_path / "plain.png")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(gr.Error) as error:
+        restore.open_file(page, str(tmp_path / name), [False] * 4)
+    assert error.value.message.startswith(message)
+
+
+def saved(upload: dict, **changes: object) -> dict[str, object]:
+    defaults = {"picture": None, "word": "", "name": "", "weight": 1, "num_tokens": 75, "fit": "crop"}
+    cards = {card_key(name, i): value for i in range(MAX_CARDS) for name, value in defaults.items()}
+    settings = {k: v for k, v in GenerationConfig().to_dict().items() if k != "num_tokens"}
+    page = {"prompt": "a dog", "view": "raw", "embed": False, "lock": True, "gallery": None, "history": []}
+    return page | settings | cards | {"picture": upload, "seed": 9} | changes
+
+
+def test_a_refresh_brings_prompt_settings_pictures_and_results_back(handlers, page, upload):
+    result = {"image": {"path": draw(handlers, upload)}, "caption": "seed 5"}
+    word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]))
+    values = named(page, restore.remember(page, saved(upload, gallery=[result], word_3=word)))
+    assert (values["prompt"], values["seed"], values["lock"], values["view"]) == ("a dog", 9, True, "raw")
+    assert values["picture"] == upload["path"] and values["seen_0"].size == (32, 32)
+    assert values["shown"] == [True, False, True, False] and values["word_3"] == word
+    assert values["gallery"] == [(result["image"]["path"], "seed 5")]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": 3}, {"prompt": "x" * 2000}, {"seed": "1"}, {"view": "huge"}, {"weight": 9}, {"name_2": "two words"},
+        {"gallery": [3]}, {"gallery": [{"image": None}]}, {"num_tokens": None},
+    ],
+)  # fmt: skip
+def test_a_memory_that_was_tampered_with_is_left_alone(page, upload, changes):
+    assert named(page, restore.remember(page, saved(upload, **changes))) == {}
+
+
+@pytest.mark.parametrize("memory", [None, {}, [], "text", {"prompt": "alone"}])
+def test_no_memory_is_a_fresh_page(page, memory):
+    assert named(page, restore.remember(page, memory)) == {}
+
+
+def test_files_outside_the_cache_are_never_given_out(page, upload, tmp_path):
+    outside = tmp_path / "secret.png"
+    outside.write_bytes(Path(upload["path"]).read_bytes())
+    crooked = str(Path(upload["path"]).parent / ".." / ".." / "secret.png")
+    for path in (str(outside), crooked, "/etc/passwd", "gone.png"):
+        values = named(
+            page, restore.remember(page, saved({"path": path}, gallery=[{"image": {"path": path}, "caption": ""}]))
+        )
+        assert values["picture"] is None and values["gallery"] == []
+    assert restore.cached(upload) == upload["path"]
+
+
+def test_a_dropped_result_offers_its_settings(handlers, upload):
+    seen, word, note, button = sources.arrive(handlers, upload, "crop")
+    assert seen.size == (32, 32) and (word, note) == ("", "") and button["visible"] is False
+    _, _, note, button = sources.arrive(handlers, {"path": draw(handlers, upload)}, "crop")
+    assert "settings that made it" in note and button["visible"] is True
+
+
+def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
+    path, text = handlers.encode(picture=upload, num_tokens=2)
+    word = sources.fetch(handlers, f"  {text}\n", "crop")[3]
+    picture, panel, shown, add, seen, _, note, _ = sources.word_arrives(handlers, 1, word, [True, False, False, False])
+    assert picture is None and panel["visible"] and shown == [True, True, False, False] and add["visible"]
+    assert "A word of 2 tokens" in note and seen is None
+    with pytest.raises(gr.Error, match="a code starts with"):
+        sources.fetch(handlers, "hello", "crop")
+    assert sources.word_arrives(handlers, 1, "hello", [True] * 4)[5] == ""
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("file:///etc/passwd", "an address starts with http:// or https://"),
+        ("ftp://example.org/a.png", "an address starts with http:// or https://"),
+        ("http://127.0.0.1:7860/a.png", "'127.0.0.1' is not a host that can be reached from here"),
+        ("http://[::1]/a.png", "'::1' is not a host"),
+        ("http://169.254.169.254/latest/meta-data", "'169.254.169.254' is not a host"),
+        ("http://0x7f000001/a.png", "is not a host"),
+        ("http://", "an address starts with"),
+    ],
+)
+def test_addresses_of_this_machine_and_its_network_are_refused(handlers, address, message):
+    with pytest.raises(gr.Error) as error:
+        sources.fetch(handlers, address, "crop")
+    assert message in error.value.message
+
+
+def test_cards_come_one_by_one_and_go(handlers):
+    *panels, shown, add = sources.show_next([True, False, True, False])
+    assert shown == [True, True, True, False] and add["visible"] and panels[1]["visible"]
+    *_, shown, add = sources.show_next(shown)
+    assert shown == [True] * 4 and not add["visible"]
+    picture, panel, shown, add, *_ = sources.remove(2, shown)
+    assert picture is None and not panel["visible"] and shown == [True, True, False, True] and add["visible"]
