@@ -22,7 +22,7 @@ from vilex.pipeline import VilexPipeline
 from vilex.sampling import Conditions, Step, sample
 
 FAST = GenerationConfig(num_inference_steps=3, num_tokens=5)
-SOON = 20  # seconds in which anything here must happen
+SOON = 60  # seconds in which anything here must happen
 
 
 class Watched:
@@ -355,7 +355,7 @@ def test_a_waiting_request_can_be_closed_though_nothing_changes(engine, ask, wat
     waiting = ask("cat").draw(engine)
     started = time.monotonic()
     assert next(waiting) == next(waiting) == next(waiting)
-    assert 0.9 < time.monotonic() - started < SOON / 2
+    assert 0.9 < time.monotonic() - started < SOON
     watched.gate.set()
     assert len(steps_of(running)) == len(steps_of(waiting)) == 3
 
