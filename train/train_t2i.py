@@ -61,6 +61,7 @@ def build_model(preset: Preset, text_encoder: str | None, init_from: Path | None
         pixel_unshuffle=preset.unet.pixel_unshuffle,
         position_frequencies=preset.unet.position_frequencies,
         token_frequencies=preset.unet.token_frequencies,
+        prompt_scale=preset.unet.prompt_scale,
         context_length=preset.context_length,
     )
     tokenizer, encoder = load_text_encoder(text_encoder or config.text_encoder)

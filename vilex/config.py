@@ -183,5 +183,6 @@ class T2IConfig(Config):
     pixel_unshuffle: int = setting(1, 1, 16, "pixels per side folded into channels")
     position_frequencies: int = setting(0, 0, 8, "waves per axis that tell the denoiser where it is")
     token_frequencies: int = setting(0, 0, 64, "waves that tell the denoiser where in the prompt a token stands")
+    prompt_scale: float = setting(1.0, 0.1, 100, "factor of what the denoiser's cross-attention reads")
     context_length: int = setting(128, 8, 512, "positions every prompt is padded to")
     text_encoder: str = MINILM_ID

@@ -92,7 +92,7 @@ class EmbeddedModel(TextToImage):
         return network(
             torch.cat([noisy_latents, positions], 1),
             timesteps,
-            encoder_hidden_states=torch.cat([states, places], 2),
+            encoder_hidden_states=torch.cat([states, places], 2) * self.config.prompt_scale,
             class_labels=condition.pooled,
             encoder_attention_mask=condition.mask,
             return_dict=False,
