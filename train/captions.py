@@ -21,7 +21,7 @@ from vilex.images import to_levels
 
 EMPTY_SHARE = 0.1  # captions left empty, for classifier-free guidance
 LAYOUT_SHARE = 0.75  # captions that say where the colours are
-GRIDS = {3: 0.30, 4: 0.15, 6: 0.10, 8: 0.45}  # share of each number of cells per side among those
+GRIDS = {3: 0.25, 4: 0.10, 6: 0.05, 8: 0.60}  # share of each number of cells per side among those
 FINE_GRID = 6  # from here on a caption says nothing else about colour
 SUBJECT_CHARS = 160  # keeps captions within 120 word pieces; beside a fine grid there is room for half
 POSITIONS = (

@@ -85,7 +85,18 @@ def _load_model(preset: Preset, text_encoder: str | None, folder: Path) -> TextT
         raise ValueError(f"{folder} is not an embedded pixel-space model, the only kind that is trained here")
     if t2i.image_size != preset.unet.image_size:
         raise ValueError(f"{folder} draws pictures of {t2i.image_size} px, the preset's have {preset.unet.image_size}")
+    rescale_prompts(t2i, preset.unet.prompt_scale)
     return t2i
+
+
+@torch.no_grad()
+def rescale_prompts(t2i: EmbeddedModel, prompt_scale: float) -> None:
+    """Takes up another prompt_scale without a change to what the model draws: only how fast it learns changes."""
+    factor = t2i.config.prompt_scale / prompt_scale
+    for name, weight in t2i.denoiser.named_parameters():
+        if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
+            weight.mul_(factor)
+    t2i.config = replace(t2i.config, prompt_scale=prompt_scale)
 
 
 def sample_prompts(t2i: TextToImage, prompts: Sequence[str], config: GenerationConfig) -> Tensor:
