@@ -51,6 +51,11 @@ class TeacherFeatures:
         return (features - self.mean.to(features)) / self.std.to(features)
 
 
+def teacher_features(teacher: Teacher, side: int, pictures: Pictures, seed: int) -> TeacherFeatures:
+    """The teacher's features on a grid of `side` x `side`, standardised over a sample of the pictures."""
+    return TeacherFeatures(teacher, side, _draw(pictures, _statistics_rows(pictures), seed, _STATISTICS_EPOCH))
+
+
 def distil_encoder(
     encoder: PatchEncoder,
     teacher: Teacher,
@@ -63,8 +68,7 @@ def distil_encoder(
     on_step(step, steps, loss) sees the loss, 0-d, after each step.
     Raises ValueError when the encoder's patches are not a square grid.
     """
-    sample = _draw(pictures, _statistics_rows(pictures), config.seed, _STATISTICS_EPOCH)
-    features = TeacherFeatures(teacher, grid_side(encoder), sample)
+    features = teacher_features(teacher, grid_side(encoder), pictures, config.seed)
     head = _build_head(encoder, len(features.mean), config.seed).to(pictures.device)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)

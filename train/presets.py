@@ -59,6 +59,7 @@ class TrainConfig(Config):
     weight_decay: float = setting(0.01, 0, 1)
     grad_clip: float = setting(1.0, 0.001, 1000, "largest norm of the gradient")
     snr_gamma: float = setting(0.0, 0, 100, "min-SNR weighting; 0 = off")
+    align_weight: float = setting(0.0, 0, 100, "train_t2i: of the alignment with a teacher's features; 0 = off")
     ema_power: float = setting(0.75, 0.1, 1, "the EMA's decay is 1 - (1 + step) ** -ema_power")
     caption_variants: int = setting(4, 1, 64, "train_t2i: captions written per picture")
     noise_draws: int = setting(1, 1, 64, "noises per picture and step; its prompt is encoded once")

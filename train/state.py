@@ -94,7 +94,8 @@ class TrainState:
         return True
 
     def _require_same(self, saved: Mapping[str, Any]) -> None:
-        changed = {k for k, v in asdict(self.config).items() if saved["config"].get(k) != v} - MAY_CHANGE
+        before = asdict(TrainConfig()) | saved["config"]  # a setting that came later had its default
+        changed = {k for k, v in asdict(self.config).items() if before[k] != v} - MAY_CHANGE
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with other settings ({', '.join(sorted(changed))}); "

@@ -14,10 +14,13 @@ import click
 import torch
 from torch import Tensor
 
+from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
 from train.captions import write_captions
 from train.data import Pictures
+from train.distil import TeacherFeatures, teacher_features
 from train.loss import Noise, diffusion_loss, draw_noise
+from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import step_generator
@@ -146,17 +149,28 @@ class T2IRun(TrainingRun):
             pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction,
         )  # fmt: skip
         self.captions = tabulate(texts, t2i.tokenizer, t2i.config.context_length).to(self.device)
-        denoiser = t2i.denoiser.requires_grad_(True).train()
+        module = t2i.denoiser
+        if config.align_weight:
+            self.teacher = self._load_teacher()
+            module = AlignedDenoiser(t2i.denoiser, len(self.teacher.mean), config.seed)
+        module.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(
-            denoiser.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+            module.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-        self.attach(denoiser, optimizer, ("text encoder", self.t2i.text_encoder), self.compiled(denoiser))
+        self.attach(module, optimizer, ("text encoder", self.t2i.text_encoder), self.compiled(module))
+
+    def _load_teacher(self) -> TeacherFeatures:
+        net = load_efficientnet().to(self.device, memory_format=torch.channels_last)
+        return teacher_features(net.patch_features, bottleneck_side(self.t2i.denoiser), self.pictures, self.config.seed)
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
-        """Diffusion loss of pictures under their dense captions."""
+        """Diffusion loss of pictures under their dense captions, and with align_weight the alignment's."""
         condition = self._condition(batch)
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
-        return diffusion_loss(self.t2i, self.model, latents, condition, noise, self.config.snr_gamma)
+        loss = diffusion_loss(self.t2i, self.model, latents, condition, noise, self.config.snr_gamma)
+        if not self.config.align_weight:
+            return loss
+        return loss + self.config.align_weight * alignment_loss(self.module.told, self.teacher(batch.pixels))
 
     @torch.no_grad()
     def _condition(self, batch: Batch) -> Conditioning:
@@ -185,6 +199,7 @@ class T2IRun(TrainingRun):
 @training_options
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A t2i folder.")
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
+@click.option("--align-weight", type=float, help="Of aligning features with EfficientNet-lite2's; 0 = off.")
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that write captions."
 )
