@@ -196,7 +196,6 @@ def weights(tmp_path, monkeypatch):
 
 def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda hub_id, **_: f"hub:{hub_id}")
-    assert find_weights() == "hub:vilex/vilex-nano"
     (weights / "nano").mkdir(parents=True)
     assert find_weights() == str(weights / "nano")
     (weights / "mini").mkdir()
@@ -209,7 +208,11 @@ def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (None, "hf download vilex/vilex-nano --local-dir .*nano$"),
+        (
+            None,
+            "no weights at .*nano: name a folder or a hub id with --model or VILEX_WEIGHTS, .*"
+            "hf download OWNER/NAME --local-dir .*nano$",
+        ),
         ("nowhere", "no weights at 'nowhere': give a folder"),
         ("./some/folder", "no weights at './some/folder'"),
         ("someone/else", "hf download someone/else"),
@@ -218,6 +221,14 @@ def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatc
 def test_absent_weights_give_one_sentence(weights, model, message):
     with pytest.raises(ValueError, match=message):
         find_weights(model)
+
+
+def test_no_hub_is_asked_for_weights_that_nobody_named(weights, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda hub_id, **_: asked.append(hub_id))
+    with pytest.raises(ValueError, match="no weights at"):
+        find_weights()
+    assert not asked
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vilex import config
+from vilex.config import DEFAULT_MODEL
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "weights"
 MAX_SHARD_SIZE = "45MB"
@@ -22,16 +22,22 @@ _MAX_NAMED = 5  # tensors an error message lists before it only counts
 
 
 def find_weights(model: str | None = None) -> str:
-    """The folder of a model: `model`, else VILEX_WEIGHTS, else the default in the checkout, else the hub's.
+    """The folder of a model: `model`, else VILEX_WEIGHTS, else the default in the checkout.
 
-    `model` is a folder, the name of a folder in assets/weights, or a hub id, which is downloaded.
+    `model` is a folder, the name of a folder in assets/weights, or a hub id, which is downloaded; nothing is
+    downloaded that was not named.
     Raises ValueError with the command that gets the weights when there are none.
     """
     wanted = model or os.environ.get("VILEX_WEIGHTS")
     if wanted:
         return _resolve(wanted)
-    default = WEIGHTS_FOLDER / config.DEFAULT_MODEL
-    return str(default) if default.is_dir() else _download(config.HUB_ID)
+    default = WEIGHTS_FOLDER / DEFAULT_MODEL
+    if not default.is_dir():
+        raise ValueError(
+            f"no weights at {default}: name a folder or a hub id with --model or VILEX_WEIGHTS, "
+            f"or put some there with: hf download OWNER/NAME --local-dir {default}"
+        )
+    return str(default)
 
 
 def weights_name(folder: Path) -> str:

@@ -15,7 +15,6 @@ MAX_TOKENS = 75  # the paper's 77 positions less BOS and EOS
 DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
 MAX_PROMPT_CHARS = 1000
 DEFAULT_MODEL = "nano"
-HUB_ID = "vilex/vilex-nano"
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
