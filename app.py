@@ -26,8 +26,16 @@ DEFAULT_PORT = 7860
 @click.option("--steps", type=click.IntRange(1, 100), envvar="VILEX_STEPS", show_envvar=True, show_default=True,
               default=GenerationConfig.num_inference_steps, help="Denoising steps the slider starts at.")  # fmt: skip
 @click.option("--share", is_flag=True, help="Also opens a public address through gradio's servers.")
+@click.option("--mcp", is_flag=True, envvar="GRADIO_MCP_SERVER", help="Also serves the app's functions as MCP tools.")
 def main(
-    model: str | None, device: str | None, dtype: str | None, host: str, port: int | None, steps: int, share: bool
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    host: str,
+    port: int | None,
+    steps: int,
+    share: bool,
+    mcp: bool,
 ) -> None:
     """Opens the ViLex app in a browser page."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -40,11 +48,19 @@ def main(
     demo = build_demo(handlers, notes)
     try:
         demo.launch(
-            server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, **launch_options()
+            server_name=host,
+            server_port=port,
+            share=share,
+            mcp_server=mcp,
+            prevent_thread_lock=True,
+            quiet=True,
+            **launch_options(),
         )
     except OSError as error:
         click.echo(f"Cannot listen on {host}, port {port or DEFAULT_PORT}: {str(error).split('.')[0]}.", err=True)
         sys.exit(1)
+    if demo.mcp_error:
+        click.echo("No MCP tools: they need pip install 'gradio[mcp]'.", err=True)
     if port is None and demo.server_port != DEFAULT_PORT:
         click.echo(f"Port {DEFAULT_PORT} is busy, using {demo.server_port}.")
     click.echo(f"ViLex is at {demo.local_url}" + (f" and {demo.share_url}" if share else ""))
