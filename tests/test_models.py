@@ -347,6 +347,7 @@ def test_ddim_along_a_flow_is_eulers_method(sd3):
     dpm = build_scheduler("dpm++", sd3, 5)
     torch.testing.assert_close(dpm.timesteps, dpm.sigmas[:-1] * 1000)
     assert dpm.timesteps[0] > 999
+    assert dpm.timesteps[1] == pytest.approx(922.7, abs=0.1)  # 799.2, shifted by 3
 
 
 # Files

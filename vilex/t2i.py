@@ -204,7 +204,7 @@ class TextToImage(nn.Module, ABC):
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
     def parts(self) -> dict[str, Any]:
-        """What to write, by folder."""
+        """What is written, by folder."""
         return {self.denoiser_name: self.denoiser, "scheduler": self.scheduler}
 
     def _pipeline_settings(self) -> dict[str, Any]:
