@@ -63,8 +63,11 @@ def files(tmp_path_factory) -> SimpleNamespace:
     torch.manual_seed(0)
     t2i = train_t2i.build_model(TINY, str(folder / "text"), None, seed=0)
     with torch.no_grad():  # a random denoiser hardly listens to its prompt
-        t2i.denoiser.class_embedding.linear_1.weight.mul_(10)
+        t2i.denoiser.class_embedding.linear_1.weight.mul_(30)
         t2i.denoiser.conv_out.weight.mul_(2)
+        for name, parameter in t2i.denoiser.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                parameter.mul_(5)
     t2i.save_pretrained(folder / "t2i", dtype=torch.float32)
     return SimpleNamespace(data=folder / "pictures.parquet", text=folder / "text", t2i=folder / "t2i")
 
