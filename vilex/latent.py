@@ -77,7 +77,6 @@ class LatentModel(TextToImage):
         return [cls.denoiser_name, "scheduler", "vae", *texts]
 
     def parts(self) -> dict[str, Any]:
-        """What to write, by folder: all of it, text encoders and tokenizers too."""
         """Networks, scheduler and tokenizers, by folder."""
         values = chain([self.denoiser, self.scheduler, self.vae], self.text_encoders, self.tokenizers)
         return dict(zip(self.part_names(), values, strict=True))
