@@ -60,7 +60,8 @@ class User:
 
     def __init__(self, url: str, number: int, folder: Path, steps: int) -> None:
         self.number, self.steps, self.random = number, steps, random.Random(number)
-        self.client = Client(url, verbose=False, analytics_enabled=False, download_files=folder)
+        patient = {"timeout": 300}  # seconds of a single HTTP exchange
+        self.client = Client(url, verbose=False, analytics_enabled=False, download_files=folder, httpx_kwargs=patient)
         endpoints = self.client.view_api(return_format="dict", print_info=False)["named_endpoints"]
         self.parameters = {name: endpoints[name]["parameters"] for name in ENDPOINTS}
         self.picture = folder / f"picture-{number}.png"
