@@ -73,7 +73,7 @@ def words_table(pipeline: VilexPipeline, vilex_tokens: Tensor) -> str:
         [i, *(f"{near.word} {near.similarity:.2f}" for near in reading.neighbours), f"{reading.distance:.1f}"]
         for i, reading in enumerate(pipeline.read(vilex_tokens, NEAREST), 1)
     ]
-    header = ["Token", "Nearest word", "Second", "Third", "Distance"]
+    header = ["Token", "First", "Second", "Third", "Distance"]
     return table.to_html(
         "Words nearest to each token, with their similarity (1 is the same direction), and the distance to the "
         "nearest (1 is as far as words lie from one another)", header, rows,
@@ -133,7 +133,7 @@ def build_inspector(studio: Studio) -> None:
     tab, count = Inspector(studio.handlers), studio.handlers.max_tokens
     with gr.Row():
         card = card_choice("Picture to inspect")
-        token = gr.Slider(0, count, 0, step=1, label="Token", info=TOKEN_RANGE.help, min_width=180, elem_id="token")
+        token = gr.Slider(0, count, 0, step=1, label="Token", info=TOKEN_RANGE.help, min_width=220, elem_id="token")
     with gr.Row():
         look = gr.Button("Inspect", variant="primary", min_width=100, elem_id="inspect")
         leave = gr.Button("Draw without this token", min_width=160)

@@ -9,8 +9,9 @@ def to_html(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
     body = "".join(f"<tr>{_cells(row)}</tr>" for row in rows)
     return (
+        f'<p class="caption">{escape(caption)}</p>'
         f'<div class="table" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

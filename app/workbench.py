@@ -18,7 +18,7 @@ from vilex.t2i import Conditioning
 
 def card_choice(label: str, value: str = NAMES[0]) -> gr.Radio:
     """A choice among the picture cards."""
-    return gr.Radio(NAMES, value=value, label=label, min_width=140)
+    return gr.Radio(NAMES, value=value, label=label, min_width=220)
 
 
 def read_one(handlers: Handlers, values: Mapping[str, Any], card: object, full: bool = False) -> PictureWord:
