@@ -1,5 +1,6 @@
 """A frozen model: strict files, one space for pictures, gradient only to the image's vectors."""
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -8,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler, load_t2i, masked_mean
+from vilex.diffusion import (
+    Conditioning,
+    EmbeddedModel,
+    TextToImage,
+    build_noise_scheduler,
+    load_t2i,
+    masked_mean,
+    place_waves,
+    position_maps,
+)
 from vilex.prompt import compose, override_embeddings
 
 LENGTH = 24
@@ -167,6 +177,33 @@ def test_padding_does_not_reach_the_prediction(t2i):
     with torch.no_grad():
         a, b = (t2i.denoise(noisy, torch.tensor([400]), c) for c in (short, same))
     torch.testing.assert_close(a, b)
+
+
+def test_every_cell_and_every_place_in_a_prompt_has_numbers_of_its_own():
+    maps, waves = position_maps(3, 16), place_waves(32, 128)
+    assert maps.shape == (1, 12, 16, 16) and waves.shape == (1, 128, 64)
+    for rows in (maps[0].flatten(1).T, waves[0]):
+        distances = torch.cdist(rows, rows).fill_diagonal_(torch.inf)
+        assert distances.min() > 0.2
+    torch.testing.assert_close(maps[0, :6, 5], maps[0, 6:, :, 5])  # along x in the first half, along y in the second
+
+
+def test_the_denoiser_reads_where_a_token_stands(t2i):
+    noisy, words = torch.randn(1, *t2i.latent_shape), condition(t2i, "red dog")
+    swapped = Conditioning(words.prompt_embeds[:, [0, 2, 1, *range(3, LENGTH)]], words.pooled, words.mask)
+    with torch.no_grad():
+        a, b = (t2i.denoise(noisy, torch.tensor([400]), c) for c in (words, swapped))
+        t2i.places.zero_()  # attention alone does not know the order
+        c, d = (t2i.denoise(noisy, torch.tensor([400]), c) for c in (words, swapped))
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(c, d)
+
+
+@pytest.mark.parametrize("change", [{"position_frequencies": 2}, {"token_frequencies": 0}])
+def test_settings_that_do_not_fit_the_denoiser_are_refused(t2i, change):
+    config = dataclasses.replace(t2i.config, **change)
+    with pytest.raises(ValueError, match="the denoiser takes 60 channels and prompts of width 72, its settings make"):
+        EmbeddedModel(config, t2i.tokenizer, t2i.text_encoder, t2i.denoiser, t2i.scheduler)
 
 
 def test_words_alone_wait_for_another_threads_vectors(t2i):

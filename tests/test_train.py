@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from training import assert_same, checkpoint, reset_accelerate, snapshot, visible, write_table
 
 from train import train_t2i, train_vilex
-from train.batches import Batch, tabulate
+from train.batches import Batch, draw_batch, tabulate
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
-from train.loss import diffusion_loss, draw_noise, loss_weights
+from train.loss import Noise, diffusion_loss, draw_noise, loss_weights
 from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
@@ -292,6 +292,44 @@ def test_noise_of_a_share_is_that_of_the_whole_batch(files):
     assert whole.values.shape == (6, 48, 8, 8) and whole.timesteps.shape == (6,)
     part = again.rows(slice(2, 5))
     assert torch.equal(part.values, whole.values[2:5]) and torch.equal(part.timesteps, whole.timesteps[2:5])
+
+
+def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
+    run = build_run("t2i", files, tmp_path, noise_draws=2)
+    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    noises = [draw_noise(run.t2i, 4, step_generator(0, draw)) for draw in (1, 2)]
+    with torch.no_grad():
+        together = run.batch_loss(batch, Noise.concatenate(noises), 0)
+        apart = [run.batch_loss(batch, noise, 0) for noise in noises]
+    torch.testing.assert_close(together, sum(apart) / 2)
+    assert not torch.isclose(*apart)
+
+
+def test_texts_of_like_length_are_encoded_together_to_the_same_end(files, tmp_path, monkeypatch):
+    run = build_run("t2i", files, tmp_path)
+    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    conditions = []
+    for groups in (1, 4):
+        monkeypatch.setattr(train_t2i, "_LENGTH_GROUPS", groups)
+        conditions.append(run._condition(batch))
+    assert conditions[0].mask.sum(1).unique().numel() > 1  # the texts differ in length
+    torch.testing.assert_close(conditions[1].pooled, conditions[0].pooled)
+    assert torch.equal(conditions[1].mask, conditions[0].mask)
+    seen = conditions[0].mask[..., None]
+    torch.testing.assert_close(conditions[1].prompt_embeds * seen, conditions[0].prompt_embeds * seen)
+
+
+def test_another_prompt_scale_changes_no_prediction(files):
+    t2i = load_t2i(files.t2i, str(files.text))
+    prompt = compose("a red dog", [], t2i.tokenizer, t2i.config.context_length)
+    noisy, time = torch.randn(1, *t2i.latent_shape), torch.tensor([400])
+    before = t2i.denoise(noisy, time, t2i.encode_prompt(prompt))
+    keys = t2i.denoiser.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].clone()
+    train_t2i.rescale_prompts(t2i, t2i.config.prompt_scale / 8)
+    assert t2i.config.prompt_scale == TINY.unet.prompt_scale / 8
+    torch.testing.assert_close(t2i.denoise(noisy, time, t2i.encode_prompt(prompt)), before)
+    after = t2i.denoiser.state_dict()["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    torch.testing.assert_close(after, 8 * keys)
 
 
 def test_snr_weights_of_a_v_prediction(files):
