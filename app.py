@@ -4,8 +4,14 @@ import logging
 import sys
 from pathlib import Path
 
+try:  # on a Space with ZeroGPU, which must hear of it before torch does
+    import spaces
+except ImportError:
+    spaces = None
+
 import click
 
+from app.engine import Engine
 from app.handlers import Handlers, measure
 from app.ui import Notes, build_demo, launch_options, weights_licence
 from vilex.checkpoint import find_weights
@@ -77,7 +83,8 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int) -
         click.echo(f"No weights: {error}", err=True)
         return Handlers(None, problem=str(error)), Notes(steps=steps)
     notes = Notes(steps, measure(pipeline), pipeline.device.type, licence)
-    return Handlers(pipeline, build_upsampler(), folder=folder), notes
+    engine = Engine(pipeline, wrap=spaces.GPU if spaces else None)
+    return Handlers(pipeline, build_upsampler(), folder=folder, engine=engine), notes
 
 
 if __name__ == "__main__":
