@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from app.messages import in_words
 from app.panel import Panel
@@ -17,7 +18,7 @@ _REMEMBER = f"""(history, ...results) => {{
     && !(history ?? []).some((old) => old.image.path === item.image.path);
   const named = (item) => ({{ ...item,
     caption: item.caption ?? item.image.path.match(/vilex-([^/]*)[.]png$/)[1].replaceAll("-", " ") }});
-  return [...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED});
+  return [[...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED})];  // one output
 }}"""
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -35,11 +36,14 @@ def build_history() -> tuple[gr.Gallery, gr.Button, gr.State]:
 
 def wire_history(
     demo: gr.Blocks, studio: Studio, panel: Panel, page: Page, back: gr.Button, picked: gr.State, results: list[Any]
-) -> None:
-    """Keeps results in the history, settings in the browser, and brings both back."""
+) -> Dependency:
+    """Keeps results in the history, settings in the browser, and brings both back: the event of the page's start."""
     history = page.targets["history"]
+    memory = gr.BrowserState({}, storage_key=STORAGE_KEY, secret=SECRET)
+    kept = [page.targets[name] for name in page.remembered]
     for job in studio.jobs:
-        job.success(None, [history, *results], history, js=_REMEMBER, **_QUIET)
+        added = job.success(None, [history, *results], history, js=_REMEMBER, **_QUIET)
+        added.then(None, kept, memory, js=page.save_js(), **_QUIET)  # a gallery out of sight tells no change
     history.select(_pick, None, picked, queue=False, **_QUIET)
     back.click(partial(_back, page), [history, picked], page.outputs(), preprocess=False, **_QUIET)
     pictures = [part for card in panel.cards for part in (card.picture, card.word)]
@@ -48,14 +52,8 @@ def wire_history(
         extra.restore.click(
             partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
-    _wire_memory(demo, page)
-
-
-def _wire_memory(demo: gr.Blocks, page: Page) -> None:
-    memory = gr.BrowserState({}, storage_key=STORAGE_KEY, secret=SECRET)
-    kept = [page.targets[name] for name in page.remembered]
-    demo.load(partial(remember, page), memory, page.outputs(), **_QUIET)
     gr.on([part.change for part in kept], None, kept, memory, js=page.save_js(), **_QUIET)
+    return demo.load(partial(remember, page), memory, page.outputs(), **_QUIET)
 
 
 def _pick(event: gr.SelectData) -> int:

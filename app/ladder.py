@@ -153,8 +153,8 @@ def use(handlers: Handlers, index: int, budgets: str) -> tuple:
     return *[count] * 4, finished(f"Every picture now speaks with {rung_name(count)}.")
 
 
-def build_ladder(studio: Studio) -> list[gr.Image]:
-    """Lays out the tab and wires it; a new picture A is rebuilt at once. Gives the places of the results."""
+def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
+    """Lays out the tab and wires it; a change of `arrival` rebuilds picture A. Gives the places of the results."""
     start = sorted({min(rung, studio.handlers.max_tokens) for rung in DEFAULT_RUNGS})
     with gr.Row(elem_id="ladder-bar"):
         budgets = gr.Textbox(
@@ -164,7 +164,7 @@ def build_ladder(studio: Studio) -> list[gr.Image]:
         again = gr.Button("Rebuild", elem_id="reconstruct", scale=1, min_width=90)
     with gr.Row(elem_id="rungs"):
         rungs = [_build_rung(i, start) for i in range(MAX_RUNGS)]
-    _wire(studio, budgets, again, rungs, gr.State(start))
+    _wire(studio, arrival, budgets, again, rungs, gr.State(start))
     return [rung.image for rung in rungs]
 
 
@@ -182,21 +182,30 @@ def _build_rung(index: int, start: Sequence[int]) -> Rung:
     return Rung(column, image, text, button)
 
 
-def _wire(studio: Studio, budgets: gr.Textbox, again: gr.Button, rungs: Sequence[Rung], laid_out: gr.State) -> None:
+def _wire(
+    studio: Studio,
+    arrival: gr.Textbox,
+    budgets: gr.Textbox,
+    again: gr.Button,
+    rungs: Sequence[Rung],
+    laid_out: gr.State,
+) -> None:
     handlers, first = studio.handlers, studio.cards[0]
     outputs = [*(rung.image for rung in rungs), *(rung.text for rung in rungs), studio.status]
     own = {name: part for name, part in first.inputs(0).items() if name in ("picture", "word", "weight", "fit")}
     inputs = own | {"budgets": budgets} | studio.inputs("view", "embed", "seed", *SAMPLING)
-    # a picture that comes while another is rebuilt waits until that has ended
-    studio.compute(
-        first.seen.change, partial(climb_new, handlers), outputs, inputs, api_visibility="private",
-        trigger_mode="always_last",
-    )  # fmt: skip
-    studio.compute(again.click, partial(climb, handlers), outputs, inputs, api_name="reconstruct")
     places = [[getattr(rung, part) for rung in rungs] for part in ("column", "image", "text", "use")]
+    # before what climbs: a page runs the listeners of one event one after the other
     gr.on(
         [budgets.submit, budgets.blur], partial(lay_out, handlers), [budgets, laid_out], [*sum(places, []), laid_out],
         **SILENT,
+    )  # fmt: skip
+    asked = partial(gr.on, [again.click, budgets.submit])
+    studio.compute(asked, partial(climb, handlers), outputs, inputs, api_name="reconstruct")
+    # a picture that comes while another is rebuilt waits until that has ended
+    studio.compute(
+        arrival.change, partial(climb_new, handlers), outputs, inputs, api_visibility="private",
+        trigger_mode="always_last",
     )  # fmt: skip
     counts = [card.num_tokens for card in studio.cards]
     for index, rung in enumerate(rungs):

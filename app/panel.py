@@ -30,6 +30,7 @@ class Panel:
 
     cards: list[Card]
     extras: list[CardExtras]
+    arrival: gr.Textbox  # changes when picture A is to be rebuilt
     add: gr.Button
     open: gr.UploadButton
     prompt: gr.Textbox
@@ -49,6 +50,7 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
     """The left side, not yet wired."""
     with gr.Row(elem_id="cards"):
         built = [_build_card(handlers, i) for i in range(MAX_CARDS)]
+    arrival = gr.Textbox("", label="Arrival of picture A", elem_classes="unseen")
     with gr.Row(elem_id="card-buttons"):
         add = gr.Button("Add a picture", size="sm", elem_id="add", min_width=120)
         opened = gr.UploadButton(
@@ -69,7 +71,8 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
         keep, kept = _build_keeping()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
-        cards, extras, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed, keep, kept
+        cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
+        keep, kept,
     )  # fmt: skip
 
 
@@ -82,7 +85,7 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
             buttons=["fullscreen"], webcam_options=gr.WebcamOptions(mirror=False), alt_text=f"Your picture {letter}",
             placeholder="Drop a picture here\n- or -\nClick to choose one",
         )  # fmt: skip
-        word = gr.Textbox("", label=f"Code of picture {letter}", visible="hidden", elem_id=f"word-{letter}")
+        word = gr.Textbox("", label=f"Code of picture {letter}", elem_id=f"word-{letter}", elem_classes="unseen")
         note = gr.HTML("", label=f"About picture {letter}", elem_classes="card-note")
         restore = gr.Button("Bring its settings back", size="sm", visible=False)
         with gr.Accordion(f"Adjust picture {letter}", open=False, elem_classes="adjust"):

@@ -12,6 +12,9 @@ from app.messages import in_words
 from app.studio import SAMPLING, SILENT, Studio
 from vilex.images import load_image
 
+RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
+NEW_SEED = f"(isKept, seed) => isKept ? seed : {RANDOM_SEED}"
+
 
 def build_gallery() -> gr.Gallery:
     """The gallery, to be rendered in its tab."""
@@ -21,8 +24,8 @@ def build_gallery() -> gr.Gallery:
     )  # fmt: skip
 
 
-def build_pictures(studio: Studio, generate: gr.Button, seed_js: str) -> None:
-    """Lays out the tab and wires Generate to it; `seed_js` draws a new seed among the inputs it is formatted with."""
+def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> None:
+    """Lays out the tab and wires Generate to it, which draws a new seed first unless `lock` is on."""
     studio.gallery.render()
     slider = gr.ImageSlider(
         label="Picture A against the picked result", format="png", interactive=False, elem_id="versus", visible=False,
@@ -30,11 +33,11 @@ def build_pictures(studio: Studio, generate: gr.Button, seed_js: str) -> None:
     )  # fmt: skip
     inputs = studio.inputs("prompt", "view", "embed", "cards", "num_images", "tfg_scale", "seed", *SAMPLING)
     outputs = [studio.gallery, studio.settings["seed"], studio.status]
-    studio.compute(
-        generate.click, studio.handlers.generate, outputs, inputs, api_name="generate",
-        js=seed_js.replace("POSITION", str(list(inputs).index("seed"))),
-    )  # fmt: skip
+    seed = studio.settings["seed"]
+    # A page runs the listeners of one event one after the other, each to its end
     generate.click(show_tab, None, [studio.tabs, slider], **SILENT)
+    seeded = generate.click(None, [lock, seed], seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
+    studio.compute(seeded.then, studio.handlers.generate, outputs, inputs, api_name="generate")
 
     def pick(gallery: list[dict[str, Any]], picture: Upload, fit: str, event: gr.SelectData) -> Any:
         return compare(studio.handlers, gallery, picture, fit, event.index)

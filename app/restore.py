@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vilex.codes import load_code
 from vilex.config import GenerationConfig
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
+_log = logging.getLogger(__name__)
 MAX_REMEMBERED = 60  # results
 Values = dict[str, Any]
 
@@ -52,7 +54,7 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
     kept |= studio.inputs("cards") | {"gallery": studio.gallery, "history": history}
     panels = {f"panel_{i}": card.panel for i, card in enumerate(panel.cards)}
     seen = {f"seen_{i}": card.seen for i, card in enumerate(panel.cards)}
-    rest = {"shown": shown, "add": panel.add, "status": studio.status}
+    rest = {"shown": shown, "add": panel.add, "status": studio.status, "arrival": panel.arrival}
     return Page(studio.handlers, kept | panels | seen | rest, tuple(kept))
 
 
@@ -133,7 +135,8 @@ def remember(page: Page, saved: object) -> tuple:
     """What the browser remembers of this page, as far as it still holds; nothing of it is taken on trust."""
     try:
         return page.fill(_remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {})
-    except (ValueError, TypeError, KeyError, AttributeError):  # of another version, or tampered with: a fresh page
+    except (gr.Error, ValueError, TypeError, KeyError, AttributeError) as error:  # of another version, or tampered with
+        _log.info("a page begins afresh: %s: %s", type(error).__name__, error)
         return page.fill({})
 
 
@@ -151,7 +154,8 @@ def _remembered(handlers: Handlers, saved: Values) -> Values:
         values |= {card_key(f.name, i): getattr(card, f.name) for f in dataclasses.fields(card)}
         values[card_key("picture", i)] = path
         values[f"seen_{i}"] = handlers.look({"path": path}, card.fit) if path else None
-    return values | _layout(shown) | {name: _results(saved[name]) for name in ("gallery", "history")}
+    results = {name: _results(saved[name]) for name in ("gallery", "history")}
+    return values | _layout(shown) | results | {"arrival": str(values["picture"] or "")}
 
 
 def _results(items: object) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from app.cards import Upload, pack, unpack
 from app.download import download
@@ -24,7 +25,7 @@ def wire_cards(handlers: Handlers, panel: Panel) -> gr.State:
     """Every event of the cards themselves; gives the state that holds which cards are on the page."""
     shown = gr.State([index == 0 for index in range(len(panel.cards))])
     for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
-        _wire_card(handlers, card, extra, index, shown, panel.add)
+        _wire_card(handlers, card, extra, index, shown, panel)
     panels = [card.panel for card in panel.cards]
     panel.add.click(show_next, shown, [*panels, shown, panel.add], queue=False, **_quiet())
     return shown
@@ -35,22 +36,31 @@ def _quiet() -> dict[str, Any]:
 
 
 def _wire_card(
-    handlers: Handlers, card: Card, extra: CardExtras, index: int, shown: gr.State, add: gr.Button
+    handlers: Handlers, card: Card, extra: CardExtras, index: int, shown: gr.State, panel: Panel
 ) -> None:  # fmt: skip
     # queued, since only queued events show their errors; `input` comes once per picture, `change` sometimes twice
     sight = [card.seen, card.word, card.note, extra.restore]
-    card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK)
-    card.fit.change(handlers.look, [card.picture, card.fit], card.seen, preprocess=False, **_LOOK)
-    extra.source.submit(
-        partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
-    )  # fmt: skip
+    arrivals = [
+        card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK),
+        card.fit.input(handlers.look, [card.picture, card.fit], card.seen, preprocess=False, **_LOOK),
+        extra.source.submit(
+            partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
+        ),
+    ]
+    for arrival in arrivals if index == 0 else []:
+        announce(arrival, panel.arrival)
     card.word.change(
         partial(word_arrives, handlers, index), [card.word, shown],
-        [card.picture, card.panel, shown, add, *sight], **_LOOK,
+        [card.picture, card.panel, shown, panel.add, *sight], **_LOOK,
     )  # fmt: skip
     extra.remove.click(
-        partial(remove, index), shown, [card.picture, card.panel, shown, add, *sight], queue=False, **_quiet()
+        partial(remove, index), shown, [card.picture, card.panel, shown, panel.add, *sight], queue=False, **_quiet()
     )  # fmt: skip
+
+
+def announce(event: Dependency, arrival: gr.Textbox) -> None:
+    """Has picture A rebuilt after the event. What is folded away is not in the page, so its changes go unnoticed."""
+    event.success(None, None, arrival, js="() => String(Math.random())", **_quiet())
 
 
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -77,6 +78,8 @@ class Studio:
 
         Inputs arrive by name and unprocessed: gradio would open files itself and word its own errors.
         """
+        if isinstance(fn, partial):  # the page of the API tells what stands there
+            fn.__doc__, fn.__name__ = fn.func.__doc__, fn.func.__name__
         job = {"show_progress": "minimal", "show_progress_on": self.status, "preprocess": False, **COMPUTE}
         event = listen(fn, None, outputs, inputs_kwargs=inputs, **(job | options))
         self.jobs.append(event)

@@ -19,9 +19,9 @@ from app.inspector import build_inspector
 from app.ladder import build_ladder
 from app.messages import duration
 from app.panel import Panel, build_panel
-from app.pictures import build_gallery, build_pictures
+from app.pictures import RANDOM_SEED, build_gallery, build_pictures
 from app.restore import build_page
-from app.sources import arrive, wire_cards
+from app.sources import announce, arrive, wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
 from vilex.checkpoint import WEIGHTS_FOLDER
@@ -37,11 +37,7 @@ PROMPTS = (
 )
 TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspector, "Compare": build_compare}
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
-_RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
-_DRAW_SEED = f"""(...inputs) => {{
-  if (!document.querySelector("#lock input").checked) inputs[POSITION] = {_RANDOM_SEED};
-  return inputs;
-}}"""
+_SHOW_VIEW = "(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }"
 _KEYS = """<script>
 document.addEventListener("keydown", (event) => {
   const press = (id) => { event.preventDefault(); document.getElementById(id)?.click(); };
@@ -74,7 +70,9 @@ def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
         gr.HTML(_footer(handlers, notes), elem_id="small-print")
         shown = _wire(demo, studio, panel, examples)
         page = build_page(studio, panel, shown, history[0])
-        wire_history(demo, studio, panel, page, *history[1:], results)
+        loaded = wire_history(demo, studio, panel, page, *history[1:], results)
+        for listen in (loaded.then, panel.view.change):
+            listen(None, panel.view, None, js=_SHOW_VIEW, api_visibility="private")
     return demo.queue(max_size=MAX_WAITING)
 
 
@@ -100,9 +98,9 @@ def _build_results(
             handlers, panel.cards, panel.prompt, panel.settings, panel.view, panel.embed, status, build_gallery(), tabs
         )  # fmt: skip
         with gr.Tab("Ladder", id="ladder"):
-            rungs = build_ladder(studio)
+            rungs = build_ladder(studio, panel.arrival)
         with gr.Tab("Pictures", id="pictures"):
-            build_pictures(studio, panel.generate, _DRAW_SEED)
+            build_pictures(studio, panel.generate, panel.lock)
         for name, build in TABS.items():
             with gr.Tab(name, id=name.lower()):
                 build(studio)
@@ -136,21 +134,18 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
         api_visibility="private",
     )  # fmt: skip
     shown = wire_cards(handlers, panel)
-    examples.load_input_event.then(
+    looked = examples.load_input_event.then(
         partial(arrive, handlers), [first.picture, first.fit], [first.seen, first.word, first.note, extra.restore],
         preprocess=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
+    announce(looked, panel.arrival)
     inputs = studio.inputs("prompt", "cards")
     counted = [part for name, part in inputs.items() if not name.startswith(("weight", "fit"))]
     gr.on(
         [demo.load, *(part.change for part in counted)], handlers.plan, None,
         [panel.bar, panel.settings["tfg_scale"]], inputs_kwargs=inputs, trigger_mode="always_last", **SILENT,
     )  # fmt: skip
-    panel.dice.click(None, None, panel.settings["seed"], js=f"() => {_RANDOM_SEED}", api_visibility="private")
-    panel.view.change(
-        None, panel.view, js="(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }",
-        api_visibility="private",
-    )  # fmt: skip
+    panel.dice.click(None, None, panel.settings["seed"], js=f"() => {RANDOM_SEED}", api_visibility="private")
     return shown
 
 

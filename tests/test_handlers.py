@@ -410,13 +410,6 @@ def test_page_offers_named_endpoints_that_share_one_queue(handlers):
     assert demo.delete_cache == (3600, 86400)
 
 
-def test_a_new_seed_is_drawn_in_the_seeds_place_unless_it_is_kept(handlers):
-    demo = ui.build_demo(handlers)
-    draw_event = next(f for f in demo.fns.values() if f.api_name == "generate")
-    position = [block.elem_id for block in draw_event.inputs].index("seed")
-    assert f"inputs[{position}] = Math.floor(Math.random() * 1e6)" in draw_event.js and "#lock input" in draw_event.js
-
-
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [

@@ -44,7 +44,7 @@ class Everything(dict):
         cards = [card_key(name, i) for name in CARD_FIELDS for i in range(MAX_CARDS)]
         more = [f"{kind}_{i}" for kind in ("panel", "seen") for i in range(MAX_CARDS)]
         settings = [name for name in GenerationConfig.__dataclass_fields__ if name != "num_tokens"]
-        rest = ["prompt", "view", "embed", "lock", "gallery", "history", "shown", "add", "status"]
+        rest = ["prompt", "view", "embed", "lock", "gallery", "history", "shown", "add", "status", "arrival"]
         super().__init__((name, None) for name in [*rest, *cards, *more, *settings])
 
 

@@ -18,7 +18,7 @@ from vilex.recipe import load_recipe
 
 CACTUS = ROOT / "assets" / "examples" / "cactus.png"
 SAILBOAT = ROOT / "assets" / "examples" / "sailboat.png"
-RUNGS = ("rung-1", "rung-16", "rung-75")
+RUNGS = ("rung-1", "rung-2", "rung-3")  # of 1, 16 and 75 tokens
 
 
 def choose(page: Page, path: Path) -> None:
@@ -29,7 +29,7 @@ def choose(page: Page, path: Path) -> None:
 def wait_rebuilt(page: Page, old: str = "none") -> list[str]:
     """Addresses of the three reconstructions once they are all there and the last is not `old`."""
     result = re.compile(f"^(?!{re.escape(old)}$).*/vilex-75-tokens")
-    expect(page.locator("#rung-75 img")).to_have_attribute("src", result, timeout=60_000)
+    expect(page.locator("#rung-3 img")).to_have_attribute("src", result, timeout=60_000)
     return [page.locator(f"#{rung} img").get_attribute("src") for rung in RUNGS]
 
 
@@ -40,6 +40,11 @@ def wait_drawn(page: Page, count: int, old: str = "none") -> list[str]:
     expect(pictures.first).to_have_attribute("src", result, timeout=60_000)
     expect(pictures).to_have_count(count)
     return [picture.get_attribute("src") for picture in pictures.all()]
+
+
+def open_settings(page: Page) -> None:
+    page.get_by_role("button", name="Settings", exact=True).first.click()
+    page.locator("#num-images input[type=number]").wait_for()
 
 
 def set_slider(page: Page, name: str, value: int) -> None:
@@ -57,10 +62,12 @@ def download(page: Page, address: str) -> bytes:
 def test_a_picture_is_rebuilt_from_three_budgets_with_recipes(page: Page) -> None:
     choose(page, CACTUS)
     files = [download(page, address) for address in wait_rebuilt(page)]
-    assert [load_recipe(file)["generation"]["num_tokens"] for file in files] == [1, 16, 75]
+    assert [load_recipe(file).config.num_tokens for file in files] == [1, 16, 75]
     assert all(max(ImageStat.Stat(Image.open(BytesIO(file))).stddev) > 1 for file in files)
-    expect(page.locator("#times")).to_contain_text(re.compile(r"1 token\s+\d.*16 tokens\s+\d.*75 tokens\s+\d"))
-    expect(page.locator("#seen img")).to_be_visible()
+    for rung, name in zip(RUNGS, ("1 token", "16 tokens", "75 tokens"), strict=True):
+        expect(page.locator(f"#{rung}")).to_contain_text(re.compile(name + r"\s*\d+ % alike · \d+(\.\d)? s"))
+    page.get_by_role("button", name="Adjust picture A").click()
+    expect(page.get_by_role("img", name="Picture A as the encoder sees it")).to_be_visible()
 
 
 def test_words_and_picture_are_mixed_and_the_budget_is_shown_first(page: Page) -> None:
@@ -72,16 +79,18 @@ def test_words_and_picture_are_mixed_and_the_budget_is_shown_first(page: Page) -
     expect(page.locator("#budget .bar")).to_have_attribute("aria-label", spent)
     expect(page.locator("#budget .reading b")).to_have_count(0)
     expect(page.get_by_label("range slider for Words against picture (TFG)")).to_be_enabled()
+    open_settings(page)
     set_slider(page, "num-images", 2)
     page.get_by_role("button", name="Generate").click()
     recipes = [load_recipe(download(page, address)) for address in wait_drawn(page, 2)]
     seed = int(page.get_by_label("Seed", exact=True).input_value())
-    assert [recipe["generation"]["seed"] for recipe in recipes] == [seed, seed + 1]
-    assert recipes[0]["prompt"] == "<image>, in the style of <b>Claude</b> Monet"
+    assert [recipe.config.seed for recipe in recipes] == [seed, seed + 1]
+    assert recipes[0].prompt == "<image>, in the style of <b>Claude</b> Monet"
 
 
 def test_a_kept_seed_gives_the_same_picture_and_a_free_one_another(page: Page) -> None:
     page.locator("#prompt textarea").fill("a red boat")
+    open_settings(page)
     set_slider(page, "num-images", 1)
     files, address = [], "none"
     for keep in (False, True, False):
@@ -94,7 +103,7 @@ def test_a_kept_seed_gives_the_same_picture_and_a_free_one_another(page: Page) -
 
 def test_stop_ends_the_work_within_a_step_and_the_next_request_works(page: Page, server: Server) -> None:
     page.locator("#prompt textarea").fill("a blue house")
-    page.get_by_text("More settings").click()
+    open_settings(page)
     set_slider(page, "num-inference-steps", 100)
     set_slider(page, "num-images", 8)
     page.get_by_role("button", name="Generate").click()
@@ -129,14 +138,15 @@ def test_a_bad_file_gives_its_sentence_and_the_old_result_stays(page: Page, tmp_
 
 
 def test_an_example_is_rebuilt_too(page: Page) -> None:
-    page.locator("#right .gallery-item").first.click()
+    page.locator("#examples .gallery-item").first.click()
     assert len(set(wait_rebuilt(page))) == 3
 
 
 def test_nothing_to_do_is_said(page: Page) -> None:
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("Give a picture, words, or both")).to_be_visible()
-    page.get_by_role("button", name="Reconstruct").click()
+    page.get_by_role("tab", name="Ladder").click()
+    page.get_by_role("button", name="Rebuild").click()
     expect(page.get_by_text("Give a picture first")).to_be_visible()
 
 
@@ -144,6 +154,7 @@ def test_a_double_click_draws_once(page: Page, server: Server) -> None:
     joined = []
     page.on("request", lambda request: joined.append(request.url) if "/queue/join" in request.url else None)
     page.locator("#prompt textarea").fill("a green tree")
+    open_settings(page)
     set_slider(page, "num-images", 3)
     page.get_by_role("button", name="Generate").dblclick()
     wait_drawn(page, 3)
@@ -158,7 +169,7 @@ def test_two_users_at_once_get_their_own(browser: Browser, server: Server) -> No
         rebuilt = [[download(page, address) for address in wait_rebuilt(page)] for page in pages]
     client = Client(server.url, verbose=False)
     for files, path in zip(rebuilt, (CACTUS, SAILBOAT), strict=True):
-        *expected, _, _ = client.predict(picture=handle_file(str(path)), api_name="/reconstruct")
+        expected = client.predict(picture=handle_file(str(path)), api_name="/reconstruct")[:3]
         assert [pixels(file) for file in files] == [pixels(Path(file).read_bytes()) for file in expected]
 
 
@@ -174,9 +185,15 @@ def test_the_api_does_what_the_page_does(server: Server) -> None:
     )
     assert seed == 7 and status.startswith("<p>Drawn in")
     assert [item["caption"] for item in gallery] == ["seed 7", "seed 8"]
-    assert load_recipe(gallery[1]["image"])["generation"]["seed"] == 8
-    word = client.predict(picture=picture, num_tokens=4, api_name="/encode")
-    assert len(load_code(word).vilex_tokens) == 4
+    assert load_recipe(gallery[1]["image"]).config.seed == 8
+    word, code = client.predict(picture=picture, num_tokens=4, api_name="/encode")
+    assert len(load_code(word).vilex_tokens) == 4 and code.startswith("vilex-2:")
+    gallery, *_ = client.predict(
+        picture=picture, picture_2=handle_file(str(SAILBOAT)), name_2="boat", prompt="[A] in a [boat]", num_images=1,
+        num_tokens=8, num_tokens_2=4, weight_2=1.5, api_name="/generate",
+    )  # fmt: skip
+    images = load_recipe(gallery[0]["image"]).images
+    assert [(i.name, i.num_tokens, i.weight) for i in images] == [("A", 8, 1), ("boat", 4, 1.5)]
     with pytest.raises(AppError, match="seed must be a whole number, got 1.5"):
         client.predict(picture=picture, seed=1.5, api_name="/reconstruct")
     with pytest.raises(AppError, match="the limit is 1000"):
@@ -188,7 +205,7 @@ def test_it_fits_a_phone_in_light_and_dark(browser: Browser, server: Server) -> 
         with browser.new_context(viewport={"width": 390, "height": 844}) as context:
             page = open_app(context.new_page(), f"{server.url}/?__theme={theme}")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
-            results, settings = (page.locator(name).bounding_box()["y"] for name in ("#rungs", "#settings"))
+            results, settings = (page.locator(name).bounding_box()["y"] for name in ("#tabs", "#settings"))
             assert results < settings
 
 

@@ -1,0 +1,122 @@
+"""Picture cards, ladder, history and what survives, in a real browser against the real app."""
+
+import re
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, expect
+
+from tests.e2e.conftest import Server, open_app
+from tests.e2e.test_app import CACTUS, SAILBOAT, choose, download, open_settings, set_slider, wait_drawn, wait_rebuilt
+from vilex.recipe import load_recipe
+
+SLOW = 60_000  # milliseconds
+
+
+def draw_one(page: Page, prompt: str) -> bytes:
+    """The PNG of one new picture."""
+    page.locator("#prompt textarea").fill(prompt)
+    set_slider(page, "num-images", 1)
+    page.get_by_role("button", name="Generate").click()
+    return download(page, wait_drawn(page, 1)[0])
+
+
+def test_two_named_pictures_share_a_prompt(page: Page) -> None:
+    choose(page, CACTUS)
+    page.get_by_role("button", name="Add a picture").click()
+    page.locator("#card-B input[type=file]").first.set_input_files(SAILBOAT)
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("slots for the pictures"))
+    page.get_by_role("button", name="Adjust picture B").click()
+    page.get_by_label("Name in the prompt").last.fill("boat")
+    page.locator("#prompt textarea").fill("[A] in a [boat]")
+    expect(page.locator("#budget .reading mark")).to_have_text(["A", "boat"])
+    open_settings(page)
+    recipe = load_recipe(draw_one(page, "[A] in a [boat]"))
+    assert [image.name for image in recipe.images] == ["A", "boat"]
+    page.get_by_role("button", name="Remove picture B").click()
+    expect(page.locator("#card-B")).not_to_be_visible()
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("slots for the picture,"))
+
+
+def test_other_budgets_make_other_rungs_and_one_can_be_used(page: Page) -> None:
+    choose(page, CACTUS)
+    wait_rebuilt(page)
+    page.get_by_label("Tokens to rebuild picture A from").fill("2, 30")
+    page.get_by_label("Tokens to rebuild picture A from").press("Enter")
+    expect(page.locator("#rung-2 img")).to_have_attribute("src", re.compile("vilex-30-tokens"), timeout=SLOW)
+    expect(page.locator("#rung-3")).not_to_be_visible()
+    page.get_by_role("button", name="Use 30").click()
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("^30 slots"))
+
+
+def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
+    choose(page, CACTUS)
+    wait_rebuilt(page)
+    page.get_by_label("Tokens to rebuild picture A from").fill("1, many")
+    page.get_by_role("button", name="Rebuild").click()
+    expect(page.get_by_text("budgets are 1 to 6 whole numbers from 1 to 75")).to_be_visible()
+    page.get_by_role("button", name="Adjust picture A").click()
+    page.get_by_label("Name in the prompt").fill("two words")
+    expect(page.locator("#budget")).to_contain_text("a picture's name is a letter")
+
+
+def test_a_picked_result_is_compared_with_its_original(page: Page) -> None:
+    choose(page, CACTUS)
+    open_settings(page)
+    draw_one(page, "")
+    page.locator("#gallery .thumbnail-item").first.click()
+    expect(page.locator("#versus img").first).to_be_visible()
+
+
+def test_a_result_with_its_tokens_is_all_that_is_needed(page: Page, tmp_path: Path) -> None:
+    choose(page, CACTUS)
+    open_settings(page)
+    page.get_by_label("Put the pictures' tokens into my PNGs").check()
+    (tmp_path / "result.png").write_bytes(draw_one(page, "<image>, flat emoji"))
+    page.locator("#prompt textarea").fill("something else")
+    page.get_by_label("Remove Image").first.click()
+    page.locator("#open input[type=file]").set_input_files(tmp_path / "result.png")
+    expect(page.locator("#prompt textarea")).to_have_value("<image>, flat emoji")
+    expect(page.locator("#card-A")).to_contain_text("A word of 75 tokens")
+    expect(page.locator("#status")).to_contain_text("The settings are back")
+    expect(page.get_by_label("Keep this seed")).to_be_checked()
+
+
+def test_a_refresh_loses_nothing(page: Page) -> None:
+    choose(page, CACTUS)
+    open_settings(page)
+    draw_one(page, "<image> at night")
+    address = page.locator("#gallery .thumbnail-item img").first.get_attribute("src")
+    page.wait_for_timeout(500)  # the browser writes its memory a moment after the change
+    page.reload()
+    expect(page.locator("#prompt textarea")).to_have_value("<image> at night")
+    expect(page.locator("#picture img").first).to_be_visible()
+    page.get_by_role("tab", name="Pictures").click()
+    restored = page.locator("#gallery .thumbnail-item img").first
+    expect(restored).to_have_attribute("src", re.compile(re.escape(address.rsplit("/", 1)[1])))
+    page.get_by_role("tab", name="History").click()
+    page.locator("#history .thumbnail-item").first.click()
+    page.locator("#prompt textarea").fill("")
+    page.get_by_role("button", name="Bring back the settings").click()
+    expect(page.locator("#status")).to_contain_text("The settings are back")
+
+
+def test_an_address_of_this_machine_is_refused(page: Page) -> None:
+    page.get_by_role("button", name="Adjust picture A").click()
+    source = page.locator("#source-A").get_by_role("textbox")
+    source.fill("http://127.0.0.1:1/a.png")
+    source.press("Enter")
+    expect(page.get_by_text("'127.0.0.1' is not a host that can be reached from here")).to_be_visible()
+
+
+def test_every_tab_opens(page: Page) -> None:
+    for name in ("Pictures", "Blend", "Balance", "Inspect", "Compare", "History", "About", "Ladder"):
+        page.get_by_role("tab", name=name).click()
+        expect(page.get_by_role("tabpanel").filter(visible=True)).to_have_count(1)
+
+
+def test_every_page_theme_and_width_fits(browser: Browser, server: Server) -> None:
+    for theme in ("light", "dark"):
+        for width in (1440, 1024, 390):
+            with browser.new_context(viewport={"width": width, "height": 900}) as context:
+                page = open_app(context.new_page(), f"{server.url}/?__theme={theme}")
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
