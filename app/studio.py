@@ -1,8 +1,9 @@
 """What all tabs of the page share: the components on the left, and how a listener that computes is wired."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, update_wrapper
+from inspect import Parameter, Signature
 from typing import Any
 
 import gradio as gr
@@ -78,10 +79,8 @@ class Studio:
 
         Inputs arrive by name and unprocessed: gradio would open files itself and word its own errors.
         """
-        if isinstance(fn, partial):  # the page of the API tells what stands there
-            fn.__doc__, fn.__name__ = fn.func.__doc__, fn.func.__name__
         job = {"show_progress": "minimal", "show_progress_on": self.status, "preprocess": False, **COMPUTE}
-        event = listen(fn, None, outputs, inputs_kwargs=inputs, **(job | options))
+        event = listen(_described(fn, inputs), None, outputs, inputs_kwargs=inputs, **(job | options))
         self.jobs.append(event)
         self._say_stopped(event)
         return event
@@ -96,3 +95,10 @@ class Studio:
             listen(
                 None, self.status, self.status, js=_STOPPED, show_progress="hidden", api_visibility="private"
             )  # fmt: skip
+
+
+def _described(fn: Callable[..., Any], names: Iterable[str]) -> Callable[..., Any]:
+    """`fn` with its own docstring and arguments that may all be left out, as clients of the API see it."""
+    described = update_wrapper(partial(fn), fn.func if isinstance(fn, partial) else fn)
+    described.__signature__ = Signature([Parameter(name, Parameter.KEYWORD_ONLY, default=None) for name in names])
+    return described

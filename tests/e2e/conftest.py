@@ -80,7 +80,7 @@ def stop_app(process: subprocess.Popen) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The app on the default weights, or those of VILEX_WEIGHTS."""
     log_path = tmp_path_factory.mktemp("app") / "log.txt"
-    process, url = start_app(log_path)
+    process, url = start_app(log_path, "--mcp")
     try:
         wait_until_up(process, url, log_path)
         server = Server(url, log_path)
