@@ -16,8 +16,8 @@ _REMEMBER = f"""(history, ...results) => {{
   const items = results.flat().filter(Boolean).map((item) => item.image ? item : {{ image: item, caption: null }});
   const isNew = (item) => /vilex-[^/]*[.]png$/.test(item.image?.path ?? "")
     && !(history ?? []).some((old) => old.image.path === item.image.path);
-  const named = (item) => ({{ ...item,
-    caption: item.caption ?? item.image.path.match(/vilex-([^/]*)[.]png$/)[1].replaceAll("-", " ") }});
+  const stem = (path) => path.match(/vilex-(.*?)(-seed-\\d+)?[.]png$/)[1].replaceAll("-", " ");
+  const named = (item) => ({{ ...item, caption: item.caption ?? stem(item.image.path) }});
   return [[...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED})];  // one output
 }}"""
 _QUIET = {"show_progress": "hidden", "api_visibility": "private"}

@@ -43,7 +43,7 @@ def wait_drawn(page: Page, count: int, old: str = "none") -> list[str]:
 
 
 def open_settings(page: Page) -> None:
-    page.get_by_role("button", name="Settings", exact=True).first.click()
+    page.locator("#more").get_by_role("button", name="Settings").click()
     page.locator("#num-images input[type=number]").wait_for()
 
 

@@ -74,7 +74,9 @@ def test_a_result_with_its_tokens_is_all_that_is_needed(page: Page, tmp_path: Pa
     (tmp_path / "result.png").write_bytes(draw_one(page, "<image>, flat emoji"))
     page.locator("#prompt textarea").fill("something else")
     page.get_by_label("Remove Image").first.click()
-    page.locator("#open input[type=file]").set_input_files(tmp_path / "result.png")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Open a .vilex file or a result").click()
+    chooser.value.set_files(tmp_path / "result.png")
     expect(page.locator("#prompt textarea")).to_have_value("<image>, flat emoji")
     expect(page.locator("#card-A")).to_contain_text("A word of 75 tokens")
     expect(page.locator("#status")).to_contain_text("The settings are back")
