@@ -1,4 +1,8 @@
-"""The browser app: `ui` lays it out, `handlers` does what its buttons say, `budget` draws the prompt's slots."""
+"""The browser app: `ui` puts it together, `panel` is its left side, each tab stands in the file of its name.
+
+`handlers` does what the buttons say, `cards` reads the pictures, `engine` draws for all users, `studio` is what the
+tabs share.
+"""
 
 import os
 

@@ -54,7 +54,7 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
     with gr.Row(elem_id="card-buttons"):
         add = gr.Button("Add a picture", size="sm", elem_id="add", min_width=120)
         opened = gr.UploadButton(
-            "Open a .vilex file or a result", size="sm", elem_id="open", file_types=[".vilex", ".png"], min_width=120
+            "Open a .vilex or PNG", size="sm", elem_id="open", file_types=[".vilex", ".png"], min_width=120
         )
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="<image>, in the style of Claude Monet", lines=2, max_length=MAX_PROMPT_CHARS,

@@ -38,12 +38,25 @@ PROMPTS = (
 TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspector, "Compare": build_compare}
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _SHOW_VIEW = "(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }"
-_KEYS = """<script>
+_SCRIPT = """<script>
 document.addEventListener("keydown", (event) => {
   const press = (id) => { event.preventDefault(); document.getElementById(id)?.click(); };
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter") press("generate");
   else if (event.key === "Escape" && document.querySelector("#status progress")) press("stop");
 });
+// the drop zones of gradio take pictures only: a word that is dropped anywhere goes to the button that opens it
+document.addEventListener("drop", (event) => {
+  const words = [...(event.dataTransfer?.files ?? [])].filter((file) => file.name.toLowerCase().endsWith(".vilex"));
+  const input = document.querySelector("#card-buttons input[type=file]");
+  if (!words.length || !input) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+  const one = new DataTransfer();
+  one.items.add(words[0]);
+  input.files = one.files;
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+}, true);
+document.addEventListener("dragover", (event) => event.preventDefault());
 </script>"""
 
 
@@ -81,7 +94,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": build_theme(),
         "css_paths": sorted(Path(__file__).parent.glob("*.css")),
-        "head": _KEYS,
+        "head": _SCRIPT,
         "show_error": True,
         "max_file_size": "20mb",
         "footer_links": ["api", "settings"],

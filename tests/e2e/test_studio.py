@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from gradio_client import Client, handle_file
 from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.conftest import Server, open_app
@@ -75,12 +76,28 @@ def test_a_result_with_its_tokens_is_all_that_is_needed(page: Page, tmp_path: Pa
     page.locator("#prompt textarea").fill("something else")
     page.get_by_label("Remove Image").first.click()
     with page.expect_file_chooser() as chooser:
-        page.get_by_role("button", name="Open a .vilex file or a result").click()
+        page.get_by_role("button", name="Open a .vilex or PNG").click()
     chooser.value.set_files(tmp_path / "result.png")
     expect(page.locator("#prompt textarea")).to_have_value("<image>, flat emoji")
     expect(page.locator("#card-A")).to_contain_text("A word of 75 tokens")
     expect(page.locator("#status")).to_contain_text("The settings are back")
     expect(page.get_by_label("Keep this seed")).to_be_checked()
+
+
+def test_a_word_dropped_on_the_page_goes_to_an_empty_card(page: Page, server: Server) -> None:
+    client = Client(server.url, verbose=False)
+    path, _ = client.predict(picture=handle_file(str(CACTUS)), num_tokens=6, api_name="/encode")
+    page.evaluate(
+        """(bytes) => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([new Uint8Array(bytes)], "cactus.vilex"));
+          const zone = document.querySelector("#picture");
+          zone.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        list(Path(path).read_bytes()),
+    )
+    expect(page.locator("#card-A")).to_contain_text("A word of 6 tokens, made from cactus")
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("^6 slots"))
 
 
 def test_a_refresh_loses_nothing(page: Page) -> None:
