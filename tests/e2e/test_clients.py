@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from gradio_client import Client
@@ -11,6 +12,11 @@ from mcp.types import CallToolResult, Tool
 
 from tests.e2e.conftest import Server
 from vilex.recipe import load_recipe
+
+
+def _run(url: str, use: Callable[[ClientSession], Any]) -> Any:
+    with ThreadPoolExecutor(1) as pool:  # the browser's event loop runs in this thread
+        return pool.submit(asyncio.run, _with_tools(url, use)).result()
 
 
 async def _with_tools(url: str, use: Callable[[ClientSession], Any]) -> Any:
@@ -24,13 +30,13 @@ async def _with_tools(url: str, use: Callable[[ClientSession], Any]) -> Any:
 
 def list_tools(url: str) -> dict[str, Tool]:
     """The app's tools by the name of their endpoint."""
-    answer = asyncio.run(_with_tools(url, lambda session: session.list_tools()))
+    answer = _run(url, lambda session: session.list_tools())
     return {tool.name.removeprefix("app_"): tool for tool in answer.tools}
 
 
 def call_tool(url: str, name: str, **arguments: Any) -> CallToolResult:
     """What a tool answers."""
-    return asyncio.run(_with_tools(url, lambda session: session.call_tool(name, arguments)))
+    return _run(url, lambda session: session.call_tool(name, arguments))
 
 
 def test_words_alone_are_enough_for_the_api(server: Server) -> None:
