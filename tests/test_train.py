@@ -415,6 +415,13 @@ def test_source_weights_leave_out_absent_sources_and_give_way_to_unknown_ones():
     assert source_weights(records, {"a": 1.0}) is None
 
 
+def test_a_model_with_several_text_encoders_cannot_be_spelled_to(files, tmp_path):
+    run = build_run("vilex", files, tmp_path)
+    run.t2i.text_encoders.append(run.t2i.text_encoder)
+    with pytest.raises(ValueError, match="only a model with one text encoder can be spelled to, this one has 2"):
+        spell_captions(run.module, run.t2i, run.pictures, steps=1, batch_size=2, seed=0)
+
+
 def test_tokens_learn_to_spell_the_layout(files):
     run = build_run("vilex", files, files.data.parent / "spelling")
     model = run.module.float()

@@ -34,7 +34,12 @@ def spell_captions(
     seed: int,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Trains `model` in place; the loss of each step (steps,), relative to the variance of word embeddings."""
+    """Trains `model` in place; the loss of each step (steps,), relative to the variance of word embeddings.
+
+    Raises ValueError for a model whose words are split among several text encoders.
+    """
+    if len(t2i.text_encoders) > 1:
+        raise ValueError(f"only a model with one text encoder can be spelled to, this one has {len(t2i.text_encoders)}")
     table = embedding_module(t2i.text_encoder).weight
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
