@@ -16,7 +16,6 @@ from vilex.codes import VilexCode, from_bytes, from_text, to_bytes
 from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
 from vilex.images import load_image
 from vilex.pipeline import VilexPipeline
-from vilex.words import weigh
 
 MAX_CARDS = 4
 NAMES = ("A", "B", "C", "D")  # of the cards, until the user names them
@@ -100,7 +99,7 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
     else:
         code = unpack(card.word, pipeline.fingerprint)
         tokens, source = code.vilex_tokens[:count].to(pipeline.device), clean(code.source) or "word"
-    tokens = weigh(tokens, card.weight, pipeline.t2i.word_statistics()[0].to(tokens))
+    tokens = pipeline.weigh(tokens, card.weight)
     return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source)
 
 

@@ -10,13 +10,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from app.cards import PictureWord, read_card, take_cards
+from app.cards import MAX_CARDS, PictureWord, read_card, take_cards
 from app.handlers import Handlers, Look, build_config
 from app.messages import Clock, duration, finished, in_words, working
 from app.studio import SAMPLING, SILENT, Studio
+from app.workbench import side_by_side
 from vilex.config import GenerationConfig
-from vilex.diffusion import Conditioning
-from vilex.sampling import Conditions
 from vilex.words import likeness
 
 MAX_RUNGS = 6
@@ -92,8 +91,7 @@ def _groups(handlers: Handlers, rungs: Sequence[int]) -> list[list[int]]:
 def _draw(
     handlers: Handlers, word: PictureWord, group: Sequence[int], config: GenerationConfig, clock: Clock
 ) -> Iterator[tuple[list[Image.Image] | None, str]]:
-    each = [handlers.pipeline.conditions("", [word.vilex_tokens[:rung]], config) for rung in group]
-    conditions = Conditions(each[0].uncond, Conditioning.concatenate([one.image for one in each]))
+    conditions = side_by_side(handlers.pipeline, [[word.vilex_tokens[:rung]] for rung in group], config)
     return handlers.watch(conditions, config, [config.seed] * len(group), clock, " and ".join(map(rung_name, group)))
 
 
@@ -150,7 +148,7 @@ def use(handlers: Handlers, index: int, budgets: str) -> tuple:
     """The token count of that rung, for every card, and the status."""
     with in_words():
         count = parse_budgets(budgets, handlers.max_tokens)[index]
-    return *[count] * 4, finished(f"Every picture now speaks with {rung_name(count)}.")
+    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with {rung_name(count)}.")
 
 
 def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:

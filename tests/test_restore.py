@@ -2,7 +2,6 @@
 
 import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -15,18 +14,10 @@ from app.handlers import Handlers
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import GenerationConfig
-from vilex.pipeline import VilexPipeline
 from vilex.recipe import load_recipe
 
 assert app
-
-
-@pytest.fixture
-def handlers(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Handlers]:
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    handlers = Handlers(pipeline)
-    yield handlers
-    handlers.engine.close()
+pytest_plugins = ["tabs"]
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ from vilex.words import (
     nearest_words,
     ordinary_words,
     shift,
-    similar,
     weigh,
     without,
     word_distance,
@@ -204,27 +203,6 @@ def test_a_pipeline_reads_tokens_in_the_words_of_its_text_encoder(pipeline):
     assert [reading.distance for reading in readings] == pytest.approx([0, 0], abs=0.01)
     [between] = pipeline.read(table[ids].mean(0, keepdim=True), 3)
     assert between.distance > 0.1
-
-
-@given(st.lists(counts, max_size=30), counts, seeds)
-def test_similar_orders_everything_and_finds_the_picture_itself(lengths, n, seed):
-    query = tokens_of(n, seed)
-    stored = [tokens_of(length, seed + 1 + i) for i, length in enumerate(lengths)]
-    assert sorted(similar(query, stored)) == list(range(len(stored)))
-    assert similar(query, [*stored, query + 1e-3])[0] == len(stored)
-
-
-def test_the_best_by_token_1_are_ranked_by_sixteen():
-    query = torch.zeros(20, WIDTH)
-    far, near = query.clone(), query.clone()
-    near[0], far[1:], far[16:] = 0.1, 1.0, 0.0
-    late = query.clone()
-    late[0], late[16:] = 0.2, 100.0  # beyond the sixteenth nothing counts
-    crowd = [query + 0.5 for _ in range(19)]
-    assert similar(query, [far, near, late]) == [1, 2, 0]
-    beyond = query.clone()
-    beyond[0] = 0.6  # the first sixteen are near on the whole, but token 1 is not among the best twenty
-    assert similar(query, [*crowd, near, beyond])[-1] == 20
 
 
 @pytest.fixture(scope="module")

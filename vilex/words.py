@@ -5,7 +5,6 @@ All functions are pure; tokens are (N,D) in the space of the text encoder's word
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,6 @@ if TYPE_CHECKING:  # takes seconds to import
 _UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT vocabularies keep free
 _SAMPLED_WORDS = 512  # words whose own nearest word is looked for; their median stands for all
 _CHUNK = 64  # rows of a distance matrix at a time: 8 MB for 30,522 words
-_RERANKED, _COMPARED = 20, 16
 _CELLS = 8
 _HALVING = 14.0  # CIELAB units; of 200 random pairs of photographs half differ by more than 36
 _D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
@@ -162,22 +160,6 @@ def _to_another(places: Tensor, words: Tensor) -> Tensor:
     """Distance from the words at `places` (S,) to the nearest other word: (S,)."""
     distances = torch.cdist(words[places], words)  # (S,V')
     return distances.scatter_(1, places[:, None], torch.inf).amin(1)
-
-
-def similar(vilex_tokens: Tensor, stored: Sequence[Tensor]) -> list[int]:
-    """Indices of all `stored` tokens (N_i,D), those most like vilex_tokens (N,D) first.
-
-    Token 1 holds most of a picture, so its distance sorts all; the best 20 are sorted again by the mean distance of
-    the first 16 tokens, or as many as both have.
-    """
-    order = sorted(range(len(stored)), key=lambda i: _distance(vilex_tokens, stored[i], 1))
-    best = sorted(order[:_RERANKED], key=lambda i: _distance(vilex_tokens, stored[i], _COMPARED))
-    return best + order[_RERANKED:]
-
-
-def _distance(tokens: Tensor, other: Tensor, count: int) -> float:
-    count = min(count, len(tokens), len(other))
-    return (tokens[:count] - other[:count].to(tokens)).norm(dim=-1).mean().item()
 
 
 def likeness(image: Image.Image, other: Image.Image) -> float:
