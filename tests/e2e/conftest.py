@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
 START_SECONDS = 120
+PATIENCE = 60_000  # milliseconds that a busy machine may take for anything here
 _QUIET = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
     "--disable-sync", "--no-first-run",
@@ -94,6 +95,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def browser() -> Iterator[Browser]:
     """An installed Chromium, else Playwright's own."""
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=list(_QUIET))
         yield browser
@@ -113,7 +115,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 def open_app(page: Page, url: str) -> Page:
     """The page once it can be used."""
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(PATIENCE)
     page.goto(url)
     page.get_by_role("button", name="Generate").wait_for()
     page.locator("#budget .bar").wait_for()  # the page's load event has come back, so it is wired

@@ -29,7 +29,7 @@ def choose(page: Page, path: Path) -> None:
 def wait_rebuilt(page: Page, old: str = "none") -> list[str]:
     """Addresses of the three reconstructions once they are all there and the last is not `old`."""
     result = re.compile(f"^(?!{re.escape(old)}$).*/vilex-75-tokens")
-    expect(page.locator("#rung-3 img")).to_have_attribute("src", result, timeout=60_000)
+    expect(page.locator("#rung-3 img")).to_have_attribute("src", result)
     return [page.locator(f"#{rung} img").get_attribute("src") for rung in RUNGS]
 
 
@@ -37,7 +37,7 @@ def wait_drawn(page: Page, count: int, old: str = "none") -> list[str]:
     """Addresses of the gallery's pictures once they are all there and the first is not `old`."""
     pictures = page.locator("#gallery .thumbnail-item img")
     result = re.compile(f"^(?!{re.escape(old)}$).*/vilex-seed-")
-    expect(pictures.first).to_have_attribute("src", result, timeout=60_000)
+    expect(pictures.first).to_have_attribute("src", result)
     expect(pictures).to_have_count(count)
     return [picture.get_attribute("src") for picture in pictures.all()]
 
