@@ -14,7 +14,7 @@ from gradio.utils import get_upload_folder
 from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack
 from app.handlers import Handlers, Look, text_of
 from app.ladder import rung_name
-from app.messages import finished, in_words
+from app.messages import in_words, tell
 from app.panel import Panel
 from app.studio import Studio
 from vilex.codes import load_code
@@ -54,12 +54,14 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
     kept |= studio.inputs("cards") | {"gallery": studio.gallery, "history": history}
     panels = {f"panel_{i}": card.panel for i, card in enumerate(panel.cards)}
     seen = {f"seen_{i}": card.seen for i, card in enumerate(panel.cards)}
-    rest = {"shown": shown, "add": panel.add, "status": studio.status, "arrival": panel.arrival}
+    rest = {"shown": shown, "add": panel.add, "arrival": panel.arrival}
     return Page(studio.handlers, kept | panels | seen | rest, tuple(kept))
 
 
 def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
-    """The page's values for drawing that picture again; cards in `cleared` and beyond its own lose their pictures.
+    """The page's values for drawing that picture again, and a remark that says so.
+
+    Cards in `cleared` and beyond its own lose their pictures.
 
     A picture whose tokens the recipe does not carry stays the one in its card.
     """
@@ -70,7 +72,8 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
         values |= _card_values(i, images[i] if i < len(images) else None, i in cleared)
     shown = [i < max(1, len(images)) for i in range(MAX_CARDS)]
     missing = [NAMES[i] for i, image in enumerate(images) if not image.code]
-    return values | _layout(shown) | {"status": finished(_told(recipe, missing, handlers))}
+    tell(_told(recipe, missing, handlers))  # not in the status line, which belongs to what is being drawn
+    return values | _layout(shown)
 
 
 def _card_values(index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
@@ -118,8 +121,8 @@ def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
     code = load_code(path, handlers.ready().fingerprint)
     index = filled.index(False) if not all(filled) else MAX_CARDS - 1
     count = len(code.vilex_tokens)
-    told = finished(f"Picture {NAMES[index]} is now a word of {rung_name(count)}.")
-    return {card_key("word", index): pack(code), card_key("num_tokens", index): count, "status": told}
+    tell(f"Picture {NAMES[index]} is now a word of {rung_name(count)}.")
+    return {card_key("word", index): pack(code), card_key("num_tokens", index): count}
 
 
 def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:

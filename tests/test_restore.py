@@ -35,8 +35,16 @@ class Everything(dict):
         cards = [card_key(name, i) for name in CARD_FIELDS for i in range(MAX_CARDS)]
         more = [f"{kind}_{i}" for kind in ("panel", "seen") for i in range(MAX_CARDS)]
         settings = [name for name in GenerationConfig.__dataclass_fields__ if name != "num_tokens"]
-        rest = ["prompt", "view", "embed", "lock", "gallery", "history", "shown", "add", "status", "arrival"]
+        rest = ["prompt", "view", "embed", "lock", "gallery", "history", "shown", "add", "arrival"]
         super().__init__((name, None) for name in [*rest, *cards, *more, *settings])
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the page remarks."""
+    remarks: list[str] = []
+    monkeypatch.setattr(restore, "tell", remarks.append)
+    return remarks
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def draw(handlers: Handlers, upload: dict, **changes: object) -> str:
     return path
 
 
-def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload):
+def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload, told):
     path = draw(handlers, upload, embed=True, weight=0.5, num_tokens=3, tfg_scale=2.0)
     values = named(page, restore.bring_back(page, path, cleared={0}))
     assert values["prompt"] == "[corgi] a dog" and values["tfg_scale"] == 2.0 and values["lock"] is True
@@ -65,22 +73,23 @@ def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload)
     [(again_path, _)] = list(again)[-1][0]
     difference = [abs(a - b) for a, b in zip(*(Image.open(p).tobytes() for p in (path, again_path)), strict=True)]
     assert max(difference) <= 6  # a code is rounded to one byte a number
-    assert "The settings are back" in values["status"] and "not in the file" not in values["status"]
+    assert told == ["The settings are back, the seed is kept."]
 
 
-def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page, upload):
+def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page, upload, told):
     path = draw(handlers, upload, weight=0.5, num_tokens=3)
     assert all(not image.code for image in load_recipe(path).images)
     values = named(page, restore.bring_back(page, path))
     assert (values["weight"], values["num_tokens"]) == (0.5, 3) and "picture" not in values
-    assert "Picture A is not in the file" in values["status"]
+    assert "Picture A is not in the file" in told[0]
     assert named(page, restore.bring_back(page, path, cleared={0}))["picture"] is None
 
 
-def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload):
+def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload, told):
     path, _ = handlers.encode(picture=upload, num_tokens=7)
     values = named(page, restore.open_file(page, path, [True, False, False, False]))
-    assert set(values) == {"word_2", "num_tokens_2", "status"} and values["num_tokens_2"] == 7
+    assert set(values) == {"word_2", "num_tokens_2"} and values["num_tokens_2"] == 7
+    assert told == ["Picture B is now a word of 7 tokens."]
     assert unpack(values["word_2"]).vilex_tokens.equal(load_code(path).vilex_tokens)
 
 

@@ -120,3 +120,9 @@ def open_app(page: Page, url: str) -> Page:
     page.get_by_role("button", name="Generate").wait_for()
     page.locator("#budget .bar").wait_for()  # the page's load event has come back, so it is wired
     return page
+
+
+def unfold(page: Page, name: str) -> None:
+    """Opens what is folded away. It joins the page only now, and gets its first values a moment later."""
+    page.locator("button.label-wrap", has_text=name).click()
+    page.wait_for_timeout(500)

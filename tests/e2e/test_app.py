@@ -12,7 +12,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image, ImageStat
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.conftest import ROOT, Server, open_app, start_app, stop_app, wait_until_up
+from tests.e2e.conftest import ROOT, Server, open_app, start_app, stop_app, unfold, wait_until_up
 from vilex.codes import load_code
 from vilex.recipe import load_recipe
 
@@ -43,7 +43,7 @@ def wait_drawn(page: Page, count: int, old: str = "none") -> list[str]:
 
 
 def open_settings(page: Page) -> None:
-    page.locator("#more").get_by_role("button", name="Settings").click()
+    unfold(page, "Settings")
     page.locator("#num-images input[type=number]").wait_for()
 
 
@@ -66,7 +66,7 @@ def test_a_picture_is_rebuilt_from_three_budgets_with_recipes(page: Page) -> Non
     assert all(max(ImageStat.Stat(Image.open(BytesIO(file))).stddev) > 1 for file in files)
     for rung, name in zip(RUNGS, ("1 token", "16 tokens", "75 tokens"), strict=True):
         expect(page.locator(f"#{rung}")).to_contain_text(re.compile(name + r"\s*\d+ % alike · \d+(\.\d)? s"))
-    page.get_by_role("button", name="Adjust picture A").click()
+    unfold(page, "Adjust picture A")
     expect(page.get_by_role("img", name="Picture A as the encoder sees it")).to_be_visible()
 
 

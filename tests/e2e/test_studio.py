@@ -6,7 +6,7 @@ from pathlib import Path
 from gradio_client import Client, handle_file
 from playwright.sync_api import Browser, Page, expect
 
-from tests.e2e.conftest import Server, open_app
+from tests.e2e.conftest import Server, open_app, unfold
 from tests.e2e.test_app import CACTUS, SAILBOAT, choose, download, open_settings, set_slider, wait_drawn, wait_rebuilt
 from vilex.recipe import load_recipe
 
@@ -26,7 +26,7 @@ def test_two_named_pictures_share_a_prompt(page: Page) -> None:
     page.get_by_role("button", name="Add a picture").click()
     page.locator("#card-B input[type=file]").first.set_input_files(SAILBOAT)
     expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("slots for the pictures"))
-    page.get_by_role("button", name="Adjust picture B").click()
+    unfold(page, "Adjust picture B")
     page.get_by_label("Name in the prompt").last.fill("boat")
     page.locator("#prompt textarea").fill("[A] in a [boat]")
     expect(page.locator("#budget .reading mark")).to_have_text(["A", "boat"])
@@ -55,7 +55,7 @@ def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
     page.get_by_label("Tokens to rebuild picture A from").fill("1, many")
     page.get_by_role("button", name="Rebuild").click()
     expect(page.get_by_text("budgets are 1 to 6 whole numbers from 1 to 75")).to_be_visible()
-    page.get_by_role("button", name="Adjust picture A").click()
+    unfold(page, "Adjust picture A")
     page.get_by_label("Name in the prompt").fill("two words")
     expect(page.locator("#budget")).to_contain_text("a picture's name is a letter")
 
@@ -80,7 +80,7 @@ def test_a_result_with_its_tokens_is_all_that_is_needed(page: Page, tmp_path: Pa
     chooser.value.set_files(tmp_path / "result.png")
     expect(page.locator("#prompt textarea")).to_have_value("<image>, flat emoji")
     expect(page.locator("#card-A")).to_contain_text("A word of 75 tokens")
-    expect(page.locator("#status")).to_contain_text("The settings are back")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("The settings are back")
     expect(page.get_by_label("Keep this seed")).to_be_checked()
 
 
@@ -116,11 +116,11 @@ def test_a_refresh_loses_nothing(page: Page) -> None:
     page.locator("#history .thumbnail-item").first.click()
     page.locator("#prompt textarea").fill("")
     page.get_by_role("button", name="Bring back the settings").click()
-    expect(page.locator("#status")).to_contain_text("The settings are back")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("The settings are back")
 
 
 def test_an_address_of_this_machine_is_refused(page: Page) -> None:
-    page.get_by_role("button", name="Adjust picture A").click()
+    unfold(page, "Adjust picture A")
     source = page.locator("#source-A").get_by_role("textbox")
     source.fill("http://127.0.0.1:1/a.png")
     source.press("Enter")
