@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
@@ -125,10 +126,19 @@ def names_of(words: Sequence[CardInput | PictureWord]) -> list[str]:
 
 def open_upload(picture: Upload) -> Image.Image:
     """The decoded picture. Raises ValueError when it is none."""
-    path = picture.get("path") if isinstance(picture, dict) else None
-    if not isinstance(path, str):
-        raise ValueError("The picture must be an uploaded file")
-    return load_image(path, on_note=tell)
+    return load_image(upload_path(picture.get("path") if isinstance(picture, dict) else None), on_note=tell)
+
+
+def upload_path(path: object) -> str:
+    """The path itself, resolved. Raises ValueError unless it lies in gradio's cache.
+
+    A request may name any file: gradio checks only the paths of those that it wraps itself.
+    """
+    if isinstance(path, str) and "\0" not in path:
+        real = Path(path).resolve()
+        if real.is_relative_to(Path(get_upload_folder()).resolve()) and real.is_file():
+            return str(real)
+    raise ValueError("The file must be an upload that is still on this server: give it again")
 
 
 def stem(picture: dict[str, Any]) -> str:

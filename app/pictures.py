@@ -1,6 +1,5 @@
 """The tab Pictures: the gallery that Generate fills, and the picked one against the original on a slider."""
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -10,7 +9,6 @@ from app.cards import Upload, open_upload
 from app.handlers import Handlers
 from app.messages import in_words
 from app.studio import SAMPLING, SILENT, Studio
-from vilex.images import load_image
 
 RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 NEW_SEED = f"(isKept, seed) => isKept ? seed : {RANDOM_SEED}"
@@ -58,7 +56,7 @@ def compare(handlers: Handlers, gallery: list[dict[str, Any]], picture: Upload, 
     with in_words():
         if picture is None or not gallery or not 0 <= index < len(gallery):
             return gr.update(visible=False)
-        result = load_image(Path(gallery[index]["image"]["path"]))
+        result = open_upload(gallery[index]["image"])
         return gr.update(value=(beside(open_upload(picture), result.size, fit), result), visible=True)
 
 

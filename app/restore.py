@@ -9,9 +9,8 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from gradio.utils import get_upload_folder
 
-from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack
+from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path
 from app.handlers import Handlers, Look, text_of
 from app.ladder import rung_name
 from app.messages import in_words, tell
@@ -108,6 +107,7 @@ def open_file(page: Page, path: str, filled: list[bool]) -> tuple:
     `filled`: which cards hold something.
     """
     with in_words():
+        path = upload_path(path)
         name = Path(path).name
         if name.lower().endswith(".vilex"):
             return page.fill(_word_values(page.handlers, path, filled))
@@ -128,7 +128,7 @@ def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
 def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
     """The settings of a result. Raises gr.Error where it carries none."""
     with in_words():
-        recipe = load_recipe(path)
+        recipe = load_recipe(upload_path(path))
         if recipe is None:
             raise ValueError(f"{Path(path).name} carries no settings")
         return page.fill(from_recipe(page.handlers, recipe, cleared))
@@ -168,8 +168,7 @@ def _results(items: object) -> list[tuple[str, str]]:
 
 def cached(file: object) -> str | None:
     """The path of a file that lies in gradio's cache; None for all others, and for one that is gone."""
-    path = file.get("path") if isinstance(file, dict) else None
-    if not isinstance(path, str):
+    try:
+        return upload_path(file.get("path") if isinstance(file, dict) else None)
+    except ValueError:
         return None
-    real, folder = Path(path).resolve(), Path(get_upload_folder()).resolve()
-    return str(real) if real.is_relative_to(folder) and real.is_file() else None

@@ -32,8 +32,10 @@ def empty() -> Handlers:
 @pytest.fixture
 def cards(picture: Image.Image, tmp_path: Path) -> dict[str, Any]:
     """Arguments of a request: the picture in A, with 6 tokens, the picture turned in B, with 4; seed 5, 3 steps."""
-    picture.save(tmp_path / "corner.png")
-    picture.rotate(180).save(tmp_path / "turned.png")
-    a, b = ({"path": str(tmp_path / name), "orig_name": name} for name in ("corner.png", "turned.png"))
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    picture.save(folder / "corner.png")
+    picture.rotate(180).save(folder / "turned.png")
+    a, b = ({"path": str(folder / name), "orig_name": name} for name in ("corner.png", "turned.png"))
     settings = {"seed": 5, "num_inference_steps": 3}
     return {"picture": a, "num_tokens": 6, "picture_2": b, "num_tokens_2": 4, "name": "A", "name_2": "B"} | settings

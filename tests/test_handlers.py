@@ -29,6 +29,7 @@ STEPS = 3
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
     return tmp_path / "cache"
 
 
@@ -40,9 +41,9 @@ def handlers(pipeline: VilexPipeline) -> Iterator[Handlers]:
 
 
 @pytest.fixture
-def upload(picture: Image.Image, tmp_path: Path) -> dict[str, str]:
-    picture.save(tmp_path / "my corner.png")
-    return {"path": str(tmp_path / "my corner.png"), "orig_name": "my corner.png"}
+def upload(picture: Image.Image, cache: Path) -> dict[str, str]:
+    picture.save(cache / "my corner.png")
+    return {"path": str(cache / "my corner.png"), "orig_name": "my corner.png"}
 
 
 @pytest.fixture
@@ -234,7 +235,8 @@ BAD_CARDS = [
     ({"picture": None, "word": "hello"}, "a code starts with"),
     ({"picture": None, "word": "vilex-file:???"}, "the code is damaged"),
     ({"picture": None, "word": 7}, "a picture's code must be text, got int"),
-    ({"picture": "/etc/passwd"}, "The picture must be an uploaded file"),
+    ({"picture": "/etc/passwd"}, "The file must be an upload that is still on this server"),
+    ({"picture": {"path": "/etc/passwd"}}, "The file must be an upload that is still on this server"),
 ]
 
 
@@ -294,9 +296,9 @@ def test_bad_settings_are_refused_before_anything_is_drawn(handlers, upload, cal
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "eps.png", "eps.png is not a readable picture"),
     ],
 )
-def test_bad_files_give_one_sentence(handlers, tmp_path, content, name, message):
-    (tmp_path / name).write_bytes(content)
-    upload = {"path": str(tmp_path / name)}
+def test_bad_files_give_one_sentence(handlers, cache, content, name, message):
+    (cache / name).write_bytes(content)
+    upload = {"path": str(cache / name)}
     for call in (lambda: rebuild(handlers, upload), lambda: handlers.look(upload, "crop")):
         with pytest.raises(gr.Error) as error:
             call()

@@ -8,7 +8,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
-from app import restore, sources
+from app import pictures, restore, sources
 from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, unpack
 from app.handlers import Handlers
 from app.restore import Page
@@ -23,7 +23,7 @@ pytest_plugins = ["tabs"]
 @pytest.fixture
 def upload(handlers: Handlers, picture: Image.Image, tmp_path: Path) -> dict[str, str]:
     path = tmp_path / "cache" / "up" / "corner.png"
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
     return {"path": str(path), "orig_name": "corner.png"}
 
@@ -101,12 +101,11 @@ def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload, told)
         ("broken.png", b"", "broken.png carries no settings"),
     ],
 )
-def test_a_file_that_brings_nothing_is_named(page, picture, tmp_path, name, content, message):
-    picture.save(tmp_path / "plain.png")
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+def test_a_file_that_brings_nothing_is_named(page, upload, name, content, message):
+    path = Path(upload["path"]).with_name(name)
+    path.write_bytes(Path(upload["path"]).read_bytes() if content is None else content)
     with pytest.raises(gr.Error) as error:
-        restore.open_file(page, str(tmp_path / name), [False] * 4)
+        restore.open_file(page, str(path), [False] * 4)
     assert error.value.message.startswith(message)
 
 
@@ -154,6 +153,26 @@ def test_files_outside_the_cache_are_never_given_out(page, upload, tmp_path):
         )
         assert values["picture"] is None and values["gallery"] == []
     assert restore.cached(upload) == upload["path"]
+
+
+def test_requests_that_name_files_of_the_server_are_refused(handlers, page, upload, tmp_path):
+    (tmp_path / "secret.png").write_bytes(Path(draw(handlers, upload)).read_bytes())
+    (tmp_path / "secret.vilex").write_bytes(Path(handlers.encode(picture=upload)[0]).read_bytes())
+    secret, word = str(tmp_path / "secret.png"), str(tmp_path / "secret.vilex")
+    linked = Path(upload["path"]).with_name("linked.png")
+    linked.symlink_to(secret)
+    requests = [
+        lambda: handlers.look({"path": secret}, "crop"),
+        lambda: handlers.look({"path": str(linked)}, "crop"),
+        lambda: handlers.look({"path": "gone\0.png"}, "crop"),
+        lambda: pictures.compare(handlers, [{"image": {"path": secret}}], upload, "crop", 0),
+        lambda: restore.bring_back(page, secret),
+        lambda: restore.open_file(page, secret, [False] * 4),
+        lambda: restore.open_file(page, word, [False] * 4),
+    ]
+    for request in requests:
+        with pytest.raises(gr.Error, match="The file must be an upload that is still on this server"):
+            request()
 
 
 def test_a_dropped_result_offers_its_settings(handlers, upload):

@@ -9,7 +9,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from playwright.sync_api import Locator, Page, expect
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, unfold
 from tests.e2e.test_app import CACTUS, SAILBOAT, choose, download, wait_rebuilt
 from vilex.recipe import load_recipe
 
@@ -37,10 +37,6 @@ def open_tab(page: Page, name: str) -> None:
 
 def press(page: Page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
-
-
-def unfold(page: Page, name: str) -> None:
-    page.get_by_role("button", name=name).click()
 
 
 def set_number(page: Page, label: str, value: int) -> None:
