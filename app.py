@@ -16,7 +16,8 @@ from app.handlers import Handlers, measure
 from app.ui import Notes, build_demo, launch_options, weights_licence
 from vilex.checkpoint import find_weights
 from vilex.config import GenerationConfig
-from vilex.pipeline import VilexPipeline, pick_device, pick_dtype
+from vilex.devices import pick_device, pick_dtype
+from vilex.pipeline import VilexPipeline
 from vilex.upsampler import build_upsampler
 
 DEFAULT_PORT = 7860

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from app import engine as engine_module
-from app.engine import MAX_BEHIND, Engine, Waiting
+from app.engine import Engine, Waiting
+from app.jobs import MAX_BEHIND
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning
 from vilex.pipeline import VilexPipeline
@@ -271,7 +272,7 @@ def release(watched: Watched, calls: int) -> None:
 def test_a_wrapped_sampler_draws_the_same(pipeline, ask, watched):
     calls = []
 
-    def wrap(sampler: engine_module.Sampler) -> engine_module.Sampler:
+    def wrap(sampler: engine_module.Work) -> engine_module.Work:
         def wrapped(*args: object) -> Iterator[Step]:
             calls.append(len(args[2]))
             yield from iter(list(sampler(*args)))  # as from another process: nothing can be sent into it

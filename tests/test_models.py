@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from train.batches import tabulate
-from train.loss import diffusion_loss, draw_noise, loss_weights
 from train.presets import PRESETS
 from train.train_vilex import build_model
 from vilex import diffusion
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.latent import StableDiffusionXL
+from vilex.loss import diffusion_loss, draw_noise, loss_weights
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import compose, compose_leading, special_tokens
 from vilex.sampling import Conditions, build_scheduler, sample, sample_steps

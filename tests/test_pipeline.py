@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from train.presets import PRESETS
 from vilex.config import GenerationConfig
+from vilex.devices import pick_device, pick_dtype
 from vilex.model import ViLex, load_vilex
-from vilex.pipeline import VilexPipeline, pick_device, pick_dtype
+from vilex.pipeline import VilexPipeline
 
 FAST = GenerationConfig(num_inference_steps=2, num_tokens=7)
 

@@ -12,7 +12,7 @@ import click
 import torch
 
 from vilex.codes import TEXT_PREFIX
-from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, range_of
+from vilex.config import MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, range_of
 
 _log = logging.getLogger(__name__)
 
@@ -64,13 +64,15 @@ def one_sentence() -> Iterator[None]:
         raise Refusal(sentence(error)) from error
 
 
-def setting_option(flag: str, name: str, default: float | None = None) -> Callable:
-    """A click option with the range, help and default of a field of GenerationConfig."""
-    bounds, usual = range_of(GenerationConfig, name), GenerationConfig.__dataclass_fields__[name].default
+def setting_option(
+    flag: str, name: str, default: float | None = None, kind: type[Config] = GenerationConfig
+) -> Callable:
+    """A click option with the range, help and default of a field of a config."""
+    bounds, usual = range_of(kind, name), kind.__dataclass_fields__[name].default
     whole = isinstance(usual, int)
     ends = (bounds.minimum, bounds.maximum)
-    kind = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
-    return click.option(flag, name, type=kind, default=usual if default is None else default, help=bounds.help)
+    number = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
+    return click.option(flag, name, type=number, default=usual if default is None else default, help=bounds.help)
 
 
 def _stack(*decorators: Callable) -> Callable:
