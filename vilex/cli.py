@@ -327,10 +327,7 @@ def encode(engine: Engine, config: GenerationConfig, photos: Sequence[Source], f
 @click.option("--words", default="", help="Start from these words, not from the encoder's tokens.")
 @_word_out
 @shared
-def polish(
-    engine: Engine, photos: Sequence[Source], fit: "Fit", num_tokens: int, num_steps: int, seed: int, words: str,
-    out: Path,
-) -> None:  # fmt: skip
+def polish(engine: Engine, config: PolishConfig, photos: Sequence[Source], fit: "Fit", words: str, out: Path) -> None:
     """Keep each PHOTO, which must be a picture, as a word that was improved for it.
 
     Gradient steps on the model's own loss start from the encoder's tokens; for a text-to-image model that has no
@@ -338,9 +335,12 @@ def polish(
     """
     inputs = _inputs_for(out, photos)
     pipeline = load_pipeline(engine)
-    with progress(len(inputs) * num_steps) as advance:
-        for stem, image in each_readable(inputs, read_picture, lambda: advance(num_steps)):
-            tokens = pipeline.polish(image, num_tokens, num_steps, seed, lambda *_: advance(), words=words, fit=fit)
+    steps = config.num_steps
+    with progress(len(inputs) * steps) as advance:
+        for stem, image in each_readable(inputs, read_picture, lambda: advance(steps)):
+            tokens = pipeline.polish(
+                image, config.num_tokens, steps, config.seed, lambda *_: advance(), words=words, fit=fit
+            )
             _keep(pipeline, tokens, stem, out, inputs)
 
 

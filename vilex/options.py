@@ -12,7 +12,7 @@ import click
 import torch
 
 from vilex.codes import TEXT_PREFIX
-from vilex.config import MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, range_of
+from vilex.config import MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, PolishConfig, range_of
 
 _log = logging.getLogger(__name__)
 
@@ -157,8 +157,9 @@ def shared(command: Callable) -> Callable:
             logging.basicConfig(format="%(name)s: %(message)s")
             logging.getLogger("vilex").setLevel(logging.INFO)
         with one_sentence():
-            if settings := _take(GenerationConfig, values):
-                values["config"] = GenerationConfig(**settings)
+            kind = PolishConfig if "num_steps" in values else GenerationConfig
+            if settings := _take(kind, values):
+                values["config"] = kind(**settings)
             if "raw" in values:
                 values["output"] = Output(**_take(Output, values))
             command(engine=Engine(model, device, dtype), **values)
