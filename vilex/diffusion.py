@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.latent import LatentModel, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from vilex.flow import StableDiffusion3
+from vilex.flux import Flux
+from vilex.latent import LatentModel, StableDiffusion, StableDiffusionXL
 from vilex.minilm import load_text_encoder
 from vilex.prompt import ComposedPrompt
 from vilex.t2i import INDEX_NAME, Conditioning, TextToImage, read_words
@@ -112,7 +114,7 @@ class EmbeddedModel(TextToImage):
         (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
 
-_KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, EmbeddedModel)
+_KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, EmbeddedModel)
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Frozen latent models in diffusers layout: Stable Diffusion 1.x / 2.x, SDXL and Stable Diffusion 3.x."""
+"""Frozen latent models in diffusers layout: what they share, and Stable Diffusion 1.x / 2.x and XL."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -6,13 +6,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
@@ -22,17 +19,15 @@ from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5EncoderModel,
 )
 from transformers.utils import ModelOutput
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, recompose, special_tokens
+from vilex.prompt import ComposedPrompt, special_tokens
 from vilex.t2i import Conditioning, TextToImage, read_words
 
 _ZERO_EMPTY = "force_zeros_for_empty_prompt"  # in model_index.json
-T5_LENGTH = 256  # positions that diffusers' Stable Diffusion 3 pads T5's prompts to
 
 
 class LatentModel(TextToImage):
@@ -141,7 +136,7 @@ class StableDiffusionXL(LatentModel):
         zero_empty: bool = True,
     ) -> None:
         super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
-        _require_one_vocabulary(*tokenizers)
+        require_one_vocabulary(*tokenizers)
         special = special_tokens(self.tokenizer)
         self.zero_empty, self._num_special = zero_empty, len(special.prefix) + len(special.suffix)
         size = self.image_size
@@ -183,105 +178,20 @@ class StableDiffusionXL(LatentModel):
         )[0]
 
 
-class StableDiffusion3(LatentModel):
-    """Stable Diffusion 3.x: a transformer that predicts a flow, two CLIP text encoders and T5.
-
-    All three carry ViLex tokens: CLIP for the pooled vector that steers every block, T5 for most of the states.
-    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew; its longer context keeps words that
-    do not fit CLIP's. Noise is added as (1 - s) x0 + s noise, timesteps are 1000 s, and s in (0,1] is drawn in
-    training as the model's own was: logit-normal, shifted.
-    Source: Esser et al. 2024.
-    """
-
-    pipeline_class = "StableDiffusion3Pipeline"
-    text_classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-    denoiser_name, denoiser_class = "transformer", SD3Transformer2DModel
-    scheduler_class = FlowMatchEulerDiscreteScheduler
-
-    def __init__(
-        self,
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-        text_encoders: Sequence[PreTrainedModel],
-        denoiser: SD3Transformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        t5_length: int = T5_LENGTH,
-    ) -> None:
-        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
-        _require_one_vocabulary(*tokenizers[:2])
-        if scheduler.config.use_dynamic_shifting:
-            raise ValueError("the scheduler shifts its timesteps with the picture's size, which is not supported")
-        self.t5_length = t5_length
-
-    def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
-        """CLIP's states, then T5's, and what both CLIPs pool; gradients reach `prompt.vectors`."""
-        *for_clip, for_t5 = self.split_vectors(prompt)
-        clips = [self._read_clip(i, prompt, vectors) for i, vectors in enumerate(for_clip)]
-        again = recompose(prompt, self.tokenizer, self.tokenizers[2], self.t5_length)
-        t5_states = read_words(self.text_encoders[2], again.input_ids, again.slots, for_t5).last_hidden_state
-        clip_states = torch.cat([clip.hidden_states[-2] for clip in clips], -1)  # (B,77,D_1+D_2)
-        clip_states = F.pad(clip_states, (0, t5_states.shape[-1] - clip_states.shape[-1]))
-        pooled = torch.cat([clip.text_embeds for clip in clips], -1)
-        return Conditioning(torch.cat([clip_states, t5_states], 1), pooled)
-
-    def denoise(
-        self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        """The raw prediction (B,C,h,w); timesteps float (B,) in (0,1000]."""
-        network = self.denoiser if denoiser is None else denoiser
-        return network(
-            noisy_latents,
-            encoder_hidden_states=condition.prompt_embeds,
-            pooled_projections=condition.pooled,
-            timestep=timesteps,
-            return_dict=False,
-        )[0]
-
-    @property
-    def prediction_type(self) -> str:
-        return "flow"
-
-    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Timesteps float (B,) to train at, on the generator's device."""
-        level = torch.randn(batch_size, generator=generator, device=generator.device).sigmoid()
-        shift = self.scheduler.config.shift
-        return self.scheduler.config.num_train_timesteps * shift * level / (1 + (shift - 1) * level)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """noisy_latents (B,C,h,w) at timesteps float (B,)."""
-        sigmas = self._sigmas(timesteps)[:, None, None, None]
-        return (1 - sigmas) * latents + sigmas * noise
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Ratio of the variances of signal and noise at these timesteps, in their shape."""
-        sigmas = self._sigmas(timesteps)
-        return ((1 - sigmas) / sigmas) ** 2
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The flow's velocity, the same at all timesteps: noise - x0."""
-        return noise - latents
-
-    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The x0 (B,C,h,w) that a prediction at `timestep` (0-d) implies: the cheap preview."""
-        return noisy_latents - self._sigmas(timestep).to(noisy_latents) * prediction
-
-    def _sigmas(self, timesteps: Tensor) -> Tensor:
-        return timesteps / self.scheduler.config.num_train_timesteps
-
-
 def _numbered(name: str, count: int) -> list[str]:
     """diffusers' folders of several parts of a kind: name, name_2, name_3."""
     return [name, *(f"{name}_{i}" for i in range(2, count + 1))]
 
 
-def _require_one_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+def require_one_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError unless both tokenizers read the same ids."""
     if first.get_vocab() != second.get_vocab():
         raise ValueError("the two CLIP tokenizers have different vocabularies; one prompt has to serve both")
 
 
 def _require_supported(denoiser: nn.Module, vae: AutoencoderKL) -> None:
     settings = denoiser.config
-    if settings.in_channels != settings.out_channels:
+    if settings.out_channels not in (None, settings.in_channels):
         raise ValueError(
             f"the denoiser takes {settings.in_channels} channels and gives {settings.out_channels}; "
             "models that fill in or edit pictures are not supported"
