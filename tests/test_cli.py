@@ -429,6 +429,14 @@ def test_missing_weights_are_named(folder, monkeypatch):
     assert result.exit_code == 2 and result.stderr.startswith("Error: no weights at './nothing': give a folder")
 
 
+def test_a_cpu_has_nothing_to_offload_from(folder, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    result = run("vary", "dog.png", "--device", "cpu", "--offload")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --offload is for GPUs: on a CPU there is nothing to offload from\n"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -448,8 +456,8 @@ def test_a_failing_model_ends_with_1_and_one_sentence(folder, monkeypatch, pipel
 def test_options_reach_the_loader(folder, monkeypatch, pipeline):
     engines = []
     monkeypatch.setattr(cli, "load_pipeline", lambda engine: engines.append(engine) or pipeline)
-    run("encode", "dog.png", "--model", "m", "--device", "cuda:1", "--dtype", "bfloat16")
-    assert engines == [cli.Engine("m", "cuda:1", "bfloat16")]
+    run("encode", "dog.png", "--model", "m", "--device", "cuda:1", "--dtype", "bfloat16", "--offload")
+    assert engines == [cli.Engine("m", "cuda:1", "bfloat16", offload=True)]
 
 
 def test_help_needs_neither_diffusers_nor_transformers():

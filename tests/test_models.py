@@ -361,6 +361,35 @@ def test_a_denoiser_in_bfloat16_draws_nearly_the_same(case):
     assert 0 < (drawn - expected).abs().mean() < 0.05 * expected.std()
 
 
+@torch.no_grad()
+def test_an_offloaded_model_draws_the_same_and_passes_no_gradient(case, picture):
+    t2i = load_t2i(case.folder)
+    expected, pixels = draw(t2i, encode(t2i, TEXT)), torch.rand(1, 3, 16, 16) * 2 - 1
+    latents, tokens = t2i.encode(pixels), torch.randn(2, t2i.text_width)
+    t2i.offload(torch.device("cpu"))
+    assert torch.equal(draw(t2i, encode(t2i, TEXT)), expected)
+    assert torch.equal(t2i.encode(pixels), latents) and t2i.decode(latents).shape == (1, 3, 16, 16)
+    assert encode(t2i, "a <image>", tokens).prompt_embeds.isfinite().all()
+    with pytest.raises(ValueError, match="gradients cannot pass an offloaded model: polish without --offload"):
+        VilexPipeline(t2i).polish(picture, 2, steps=1)
+
+
+def test_parts_compute_in_the_dtype_asked_for_where_that_is_safe(case):
+    fp32 = {"sd": set(), "sdxl": {"vae"}, "sd3": {"text_encoder_3"}, "flux": {"text_encoder_2"}}[case.kind]
+    t2i = load_t2i(case.folder, dtype=torch.bfloat16)
+    for name in PARTS[case.kind]:
+        wanted = torch.float32 if name in fp32 else torch.bfloat16
+        assert {p.dtype for p in t2i.parts()[name].parameters()} == {wanted}
+    whole = load_t2i(case.folder)
+    whole.cast(torch.bfloat16)
+    assert all(torch.equal(tensor, t2i.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    pipeline = VilexPipeline(t2i)
+    assert pipeline.fingerprint == VilexPipeline(case.t2i).fingerprint
+    drawn = pipeline.generate("a <image>", [torch.randn(3, t2i.text_width)], GenerationConfig(num_inference_steps=2))
+    assert drawn.images[0].size == (16, 16)
+    assert t2i.encode(torch.rand(1, 3, 16, 16)).dtype == t2i.word_statistics()[0].dtype == torch.float32
+
+
 def test_a_flows_timesteps_are_drawn_as_in_its_own_training(sd3):
     timesteps = sd3.draw_timesteps(4000, torch.Generator().manual_seed(0))
     assert timesteps.is_floating_point() and timesteps.min() > 0 and timesteps.max() <= 1000

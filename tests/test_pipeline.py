@@ -264,3 +264,8 @@ def test_dtypes(monkeypatch):
         pick_dtype("int8", cpu)
     with pytest.raises(ValueError, match="dtype float16 is for GPUs; on a CPU use float32 or bfloat16"):
         pick_dtype("float16", cpu)
+
+
+def test_there_is_nothing_to_offload_from_on_a_cpu():
+    with pytest.raises(ValueError, match="--offload is for GPUs: on a CPU there is nothing to offload from"):
+        VilexPipeline.from_pretrained(device="cpu", offload=True)

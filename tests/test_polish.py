@@ -25,7 +25,7 @@ def loss_of(t2i: TextToImage, picture, tokens: Tensor) -> float:
         return diffusion_loss(t2i, t2i.denoiser, t2i.encode(pixels), condition, noise).item()
 
 
-@pytest.mark.parametrize("kind", ["embedded", "sd", "sdxl", "sd3"])
+@pytest.mark.parametrize("kind", ["embedded", "sd", "sdxl", "sd3", "flux"])
 def test_every_budget_of_the_tokens_gets_better(kind, request, tmp_path, picture):
     if kind == "embedded":
         t2i = request.getfixturevalue("t2i")

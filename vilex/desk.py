@@ -107,11 +107,11 @@ class Desk:
 
 
 def load_pipeline(engine: Engine) -> "VilexPipeline":
-    """The pipeline of the options --model, --device and --dtype; raises ValueError as `from_pretrained` does."""
+    """The pipeline of the options of every command; raises ValueError as `from_pretrained` does."""
     from vilex.pipeline import VilexPipeline
 
     _silence_libraries()
-    return VilexPipeline.from_pretrained(engine.model, device=engine.device, dtype=engine.dtype)
+    return VilexPipeline.from_pretrained(engine.model, device=engine.device, dtype=engine.dtype, offload=engine.offload)
 
 
 def _silence_libraries() -> None:

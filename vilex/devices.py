@@ -29,6 +29,12 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return known[name]
 
 
+def require_offload(device: torch.device) -> None:
+    """Raises ValueError on a CPU, which keeps its weights where it computes."""
+    if device.type == "cpu":
+        raise ValueError("--offload is for GPUs: on a CPU there is nothing to offload from")
+
+
 def _default_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "float16"

@@ -78,7 +78,8 @@ class EmbeddedModel(TextToImage):
 
     def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
         """All states with the mask of words, and their mean; gradients reach `prompt.vectors`."""
-        mask, (vectors,) = prompt.attention_mask.to(self.text_encoder.device), self.split_vectors(prompt)
+        (vectors,) = self.split_vectors(prompt)
+        mask = prompt.attention_mask.to(vectors.device)
         output = read_words(self.text_encoder, prompt.input_ids, prompt.slots, vectors, attention_mask=mask)
         states = output.last_hidden_state  # (B,L,D)
         return Conditioning(states, masked_mean(states, mask), mask)
@@ -153,10 +154,11 @@ def build_noise_scheduler(**changes: object) -> DDPMScheduler:
     return DDPMScheduler(**SCHEDULER | changes)
 
 
-def load_t2i(model: str | Path, text_encoder: str | None = None) -> TextToImage:
+def load_t2i(model: str | Path, text_encoder: str | None = None, dtype: torch.dtype = torch.float32) -> TextToImage:
     """A frozen model from a folder in diffusers layout, or from the hub id of one.
 
-    text_encoder: a folder to take the embedded model's text encoder from instead of the usual places.
+    text_encoder: a folder to take the embedded model's text encoder from instead of the usual places. dtype: what a
+    latent model's parts are read as, those where that is safe.
     Raises ValueError when there is no such model or a weight is missing, left over or misshapen.
     """
     folder = Path(model).expanduser()
@@ -167,7 +169,7 @@ def load_t2i(model: str | Path, text_encoder: str | None = None) -> TextToImage:
     if missing := [name for name in kind.part_names() if not (folder / name).is_dir()]:
         raise ValueError(f"the text-to-image model in {folder} is not complete: {', '.join(missing)} is missing")
     try:
-        return _load_embedded(folder, text_encoder) if kind is EmbeddedModel else kind.load(folder, index)
+        return _load_embedded(folder, text_encoder) if kind is EmbeddedModel else kind.load(folder, index, dtype)
     except OSError as error:
         raise ValueError(f"the text-to-image model in {folder} is not complete: {error}") from error
 

@@ -87,6 +87,7 @@ class StableDiffusion3(FlowModel):
     pipeline_class = "StableDiffusion3Pipeline"
     text_classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
     denoiser_class = SD3Transformer2DModel
+    fp32_parts = ("text_encoder_3",)  # T5
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Flux(FlowModel):
     pipeline_class = "FluxPipeline"
     text_classes = (CLIPTextModel, T5EncoderModel)
     denoiser_class = FluxTransformer2DModel
+    fp32_parts = ("text_encoder_2",)  # T5
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """Frozen latent models in diffusers layout: what they share, and Stable Diffusion 1.x / 2.x and XL."""
 
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -27,6 +28,7 @@ from vilex.config import T2IConfig
 from vilex.prompt import ComposedPrompt, special_tokens
 from vilex.t2i import Conditioning, TextToImage, read_words
 
+_vae_lock = threading.Lock()  # lest an offloaded layer is sent away that another thread is using
 _ZERO_EMPTY = "force_zeros_for_empty_prompt"  # in model_index.json
 
 
@@ -36,6 +38,7 @@ class LatentModel(TextToImage):
     text_classes: ClassVar[tuple[type[PreTrainedModel], ...]]
     denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
     scheduler_class: ClassVar[type[SchedulerMixin]] = DDPMScheduler
+    fp32_parts: ClassVar[tuple[str, ...]] = ()  # that overflow in fp16
 
     def __init__(
         self,
@@ -52,17 +55,31 @@ class LatentModel(TextToImage):
         _require_supported(denoiser, vae)
 
     @classmethod
-    def load(cls, folder: Path, index: dict[str, Any]) -> Self:
-        """The frozen model in a folder whose model_index.json holds `index`; all weights in fp32."""
+    def load(cls, folder: Path, index: dict[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """The frozen model in a folder whose model_index.json holds `index`, parts in `dtype` if safe."""
         count = len(cls.text_classes)
-        encoders = zip(cls.text_classes, _numbered("text_encoder", count), strict=True)
+
+        def read(kind: type, name: str) -> nn.Module:
+            return load_pretrained(kind, folder / name, dtype=cls.safe_dtype(name, dtype))
+
         return cls(
             [AutoTokenizer.from_pretrained(folder / name) for name in _numbered("tokenizer", count)],
-            [load_pretrained(kind, folder / name).float() for kind, name in encoders],  # transformers keeps fp16
-            load_pretrained(cls.denoiser_class, folder / cls.denoiser_name),
+            [read(*part) for part in zip(cls.text_classes, _numbered("text_encoder", count), strict=True)],
+            read(cls.denoiser_class, cls.denoiser_name),
             cls.scheduler_class.from_pretrained(folder / "scheduler"),
-            load_pretrained(AutoencoderKL, folder / "vae"),
+            read(AutoencoderKL, "vae"),
         )
+
+    @classmethod
+    def safe_dtype(cls, part: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a part of a model that computes in `dtype`."""
+        return torch.float32 if part in cls.fp32_parts else dtype
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Has it compute in a dtype, each part where that is safe."""
+        for name, part in self.parts().items():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, dtype=self.safe_dtype(name, dtype), memory_format=torch.channels_last)
 
     @classmethod
     def part_names(cls) -> list[str]:
@@ -83,12 +100,16 @@ class LatentModel(TextToImage):
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B,3,H,W) in [-1,1] -> latents (B,C,h,w), the mean of the VAE's distribution."""
         settings = self.vae.config
-        return (self.vae.encode(pixels).latent_dist.mean - (settings.shift_factor or 0)) * settings.scaling_factor
+        with _vae_lock:
+            mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - (settings.shift_factor or 0)) * settings.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
         settings = self.vae.config
-        return self.vae.decode(latents / settings.scaling_factor + (settings.shift_factor or 0)).sample.clamp(-1, 1)
+        latents = latents / settings.scaling_factor + (settings.shift_factor or 0)
+        with _vae_lock:
+            return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
     def _read_clip(self, index: int, prompt: ComposedPrompt, vectors: Tensor) -> ModelOutput:
         """What one of the CLIP encoders makes of the prompt, padded as its own tokenizer does."""
@@ -125,6 +146,7 @@ class StableDiffusionXL(LatentModel):
 
     pipeline_class = "StableDiffusionXLPipeline"
     text_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    fp32_parts = ("vae",)
 
     def __init__(
         self,
@@ -143,9 +165,9 @@ class StableDiffusionXL(LatentModel):
         self.register_buffer("time_ids", torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32), False)
 
     @classmethod
-    def load(cls, folder: Path, index: dict[str, Any]) -> Self:
-        """The frozen model in a folder whose model_index.json holds `index`; all weights in fp32."""
-        model = super().load(folder, index)
+    def load(cls, folder: Path, index: dict[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """The frozen model in a folder whose model_index.json holds `index`, parts in `dtype` if safe."""
+        model = super().load(folder, index, dtype)
         model.zero_empty = index.get(_ZERO_EMPTY, True)
         return model
 

@@ -30,6 +30,7 @@ class Engine:
     model: str | None
     device: str | None
     dtype: str | None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,9 @@ model_options = _stack(
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Of the denoiser; else VILEX_DTYPE, else the fastest that is exact enough.",
     ),
+    click.option(
+        "--offload", is_flag=True, help="Keep weights off the GPU while they are not at work: slower, smaller."
+    ),
     click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr."),
 )
 photo_options = _stack(
@@ -152,7 +156,9 @@ def shared(command: Callable) -> Callable:
 
     @model_options
     @functools.wraps(command)
-    def wrapped(model: str | None, device: str | None, dtype: str | None, verbose: bool, **values: Any) -> None:
+    def wrapped(
+        model: str | None, device: str | None, dtype: str | None, offload: bool, verbose: bool, **values: Any
+    ) -> None:
         if verbose:
             logging.basicConfig(format="%(name)s: %(message)s")
             logging.getLogger("vilex").setLevel(logging.INFO)
@@ -162,7 +168,7 @@ def shared(command: Callable) -> Callable:
                 values["config"] = kind(**settings)
             if "raw" in values:
                 values["output"] = Output(**_take(Output, values))
-            command(engine=Engine(model, device, dtype), **values)
+            command(engine=Engine(model, device, dtype, offload), **values)
 
     return wrapped
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from vilex.checkpoint import find_weights, hub_id, weights_name
 from vilex.codes import fingerprint
 from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig, PolishConfig
-from vilex.devices import pick_device, pick_dtype
+from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
@@ -65,20 +65,24 @@ class VilexPipeline:
         device: str | None = None,
         dtype: str | None = None,
         text_encoder: str | None = None,
+        offload: bool = False,
     ) -> Self:
         """A pipeline from a folder, a name in assets/weights or a hub id; the default weights without one.
 
-        A text-to-image model alone, in diffusers layout, gives a pipeline without an encoder.
+        A text-to-image model alone, in diffusers layout, gives a pipeline without an encoder. offload: keep weights in
+        the CPU's memory while they are not at work, which saves the device's and costs time.
         Raises ValueError with one sentence when there are none or they do not fit.
         """
-        folder = Path(find_weights(model))
-        if (folder / INDEX_NAME).is_file():
-            t2i, vilex = load_t2i(hub_id(folder) or folder, text_encoder), None
-        else:
-            t2i, vilex = load_t2i(folder / "t2i", text_encoder), load_vilex(folder)
-        pipeline = cls(t2i, vilex, weights_name(folder))
         device = pick_device(device)
-        return pipeline.to(device, pick_dtype(dtype, device))
+        number_format = pick_dtype(dtype, device)
+        if offload:
+            require_offload(device)
+        folder = Path(find_weights(model))
+        is_bare = (folder / INDEX_NAME).is_file()
+        source = (hub_id(folder) or folder) if is_bare else folder / "t2i"
+        t2i = load_t2i(source, text_encoder, number_format)
+        pipeline = cls(t2i, None if is_bare else load_vilex(folder), weights_name(folder))
+        return pipeline.to(device, number_format, offload)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes encoder and pooler, and the text-to-image model under t2i/, as fp16 safetensors and JSON.
@@ -91,17 +95,23 @@ class VilexPipeline:
         self.vilex.save_pretrained(Path(folder))
         self.t2i.save_pretrained(Path(folder) / "t2i")
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
-        """The same pipeline on a device; `dtype` is the denoiser's, kept without it, and all else stays in fp32."""
-        for part in (self.vilex, self.t2i):
-            if part is not None:
-                part.to(device)
-        torch.nn.Module.to(self.t2i.denoiser, dtype=dtype or self.dtype, memory_format=torch.channels_last)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None, offload: bool = False) -> Self:
+        """The same pipeline on a device, its text-to-image model in `dtype` where that is safe, by default as it is.
+
+        The encoder stays in fp32. offload: as in `from_pretrained`; it cannot be undone.
+        """
+        if self.vilex is not None:
+            self.vilex.to(device)
+        self.t2i.cast(dtype or self.dtype)
+        if offload:
+            self.t2i.offload(torch.device(device))
+        else:
+            self.t2i.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.t2i.denoiser.device
+        return self.t2i.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,8 +120,12 @@ class VilexPipeline:
     @cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that tie `.vilex` files to these weights; without an encoder, to the space of words."""
-        tables = torch.nn.ModuleList(embedding_module(encoder) for encoder in self.t2i.text_encoders)
-        return fingerprint(tables if self.vilex is None else self.vilex)
+        if self.vilex is not None:
+            return fingerprint(self.vilex)
+        signs = torch.nn.Module()  # which are the same in every dtype
+        for i, encoder in enumerate(self.t2i.text_encoders):
+            signs.register_buffer(str(i), embedding_module(encoder).weight.signbit())
+        return fingerprint(signs)
 
     @property
     def encoder(self) -> ViLex:
@@ -213,7 +227,7 @@ class VilexPipeline:
 
         With several text encoders the first one's words count, and its columns of the tokens.
         """
-        table, tokenizer = embedding_module(self.t2i.text_encoder).weight, self.t2i.tokenizer
+        table, tokenizer = embedding_module(self.t2i.text_encoder).weight.float(), self.t2i.tokenizer
         tokens = vilex_tokens[:, : self.t2i.text_widths[0]]
         nearest = nearest_words(tokens, table, tokenizer, count)
         distances = word_distance(tokens, table, tokenizer).tolist()
@@ -295,9 +309,7 @@ class VilexPipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """latents (B,C,h,w) as pictures."""
-        if self.t2i.vae is not None:
-            latents = latents.to(self.t2i.vae.dtype)
-        return to_images(self.t2i.decode(latents).float().cpu())
+        return to_images(self.t2i.decode(latents).cpu())
 
     def note(self, prompt: str, images: Sequence[Word], config: GenerationConfig, names: Sequence[str] = ()) -> str:
         """One sentence on what was cut or has no effect, empty when all is well."""

@@ -37,8 +37,10 @@ def polish_steps(t2i: TextToImage, pixels: Tensor, vilex_tokens: Tensor, config:
 
     A function of config.seed; closing it stops within one step. No token becomes longer than the longest was, or than
     a word is.
-    Raises FloatingPointError when the loss is not finite.
+    Raises ValueError for an offloaded model and FloatingPointError when the loss is not finite.
     """
+    if t2i.is_offloaded:
+        raise ValueError("gradients cannot pass an offloaded model: polish without --offload")
     generator, like = torch.Generator().manual_seed(config.seed), next(t2i.denoiser.parameters())
     latents = t2i.encode(pixels).detach()  # (1,C,h,w)
     # T5's words are a hundred times longer than CLIP's: each column is learnt in units of its own words' spread
@@ -88,6 +90,6 @@ def spell(t2i: TextToImage, words: str, num_tokens: int) -> Tensor:
 
 
 def _spelled(t2i: TextToImage, index: int, words: str, num_tokens: int) -> Tensor:
-    table = embedding_module(t2i.text_encoders[index]).weight  # (V,D_i)
+    table = embedding_module(t2i.text_encoders[index]).weight.float()  # (V,D_i)
     ids = tokenize(t2i.tokenizers[index], words).input_ids[:num_tokens]
     return torch.cat([table[ids], table.mean(0).expand(num_tokens - len(ids), -1)])

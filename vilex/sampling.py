@@ -155,7 +155,8 @@ def sample_steps(
     Raises FloatingPointError when the model's output is not finite.
     """
     seeds = seeds or [config.seed + i for i in range(config.num_images)]
-    like = next(t2i.denoiser.parameters())  # the denoiser's own `dtype` and `device` search all its parameters
+    # the denoiser's own `dtype` searches all its parameters
+    like = torch.empty(0, device=t2i.device, dtype=next(t2i.denoiser.parameters()).dtype)
     scheduler = build_scheduler(config.scheduler, t2i, config.num_inference_steps)
     conditions = conditions.expand(len(seeds))
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
