@@ -16,7 +16,8 @@ from app.handlers import Handlers, measure
 from app.ui import Notes, build_demo, launch_options, weights_licence
 from vilex.checkpoint import find_weights
 from vilex.config import GenerationConfig
-from vilex.pipeline import VilexPipeline, pick_device, pick_dtype
+from vilex.devices import pick_device, pick_dtype, require_offload
+from vilex.pipeline import VilexPipeline
 from vilex.upsampler import build_upsampler
 
 DEFAULT_PORT = 7860
@@ -26,6 +27,7 @@ DEFAULT_PORT = 7860
 @click.option("--model", help="Folder, name in assets/weights, or hub id.  [env: VILEX_WEIGHTS]")
 @click.option("--device", help="cuda, mps or cpu; by default the first there is.  [env: VILEX_DEVICE]")
 @click.option("--dtype", help="float32, bfloat16 or float16 of the denoiser.  [env: VILEX_DTYPE]")
+@click.option("--offload", is_flag=True, help="Keep weights off the GPU while they are not at work: slower, smaller.")
 @click.option("--host", envvar="GRADIO_SERVER_NAME", default="127.0.0.1", show_default=True, show_envvar=True)
 @click.option("--port", type=click.IntRange(1, 65535), envvar="GRADIO_SERVER_PORT", show_envvar=True,
               help=f"By default {DEFAULT_PORT}, or the next that is free.")  # fmt: skip
@@ -37,6 +39,7 @@ def main(
     model: str | None,
     device: str | None,
     dtype: str | None,
+    offload: bool,
     host: str,
     port: int | None,
     steps: int,
@@ -48,9 +51,11 @@ def main(
     logging.getLogger("app").setLevel(logging.INFO)
     try:
         pick_dtype(dtype, pick_device(device))
+        if offload:
+            require_offload(pick_device(device))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    handlers, notes = load(model, device, dtype, steps)
+    handlers, notes = load(model, device, dtype, steps, offload)
     demo = build_demo(handlers, notes)
     try:
         demo.launch(
@@ -73,10 +78,10 @@ def main(
     demo.block_thread()
 
 
-def load(model: str | None, device: str | None, dtype: str | None, steps: int) -> tuple[Handlers, Notes]:
+def load(model: str | None, device: str | None, dtype: str | None, steps: int, offload: bool) -> tuple[Handlers, Notes]:
     """The handlers and what the page says of machine and weights; without weights the page says how to get them."""
     try:
-        pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype)
+        pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype, offload=offload)
         folder = Path(find_weights(model))
         licence = weights_licence(folder)
     except ValueError as error:

@@ -71,13 +71,15 @@ def split_limits(text: str) -> tuple[str, str]:
 def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
     """Rows of a table on the weights: their name, licence, size and what they run on."""
     t2i, own = pipeline.t2i, card.data.to_dict()
-    sizes = {"encoder and pooler": pipeline.vilex, "denoiser": t2i.denoiser, "text encoder (frozen)": t2i.text_encoder}
+    sizes = {"denoiser": t2i.denoiser, "text encoders (frozen)": t2i.text_encoders}
+    if pipeline.vilex is not None:
+        sizes = {"encoder and pooler": pipeline.vilex} | sizes
     rows = [
         ("Name", pipeline.name or "without a name"),
         ("Licence", _text(own.get("license_name") or own.get("license") or "none is named")),
         ("Parameters", ", ".join(f"{name} {_millions(module)}" for name, module in sizes.items())),
         ("Picture as drawn", f"{t2i.image_size} x {t2i.image_size} pixels"),
-        ("Tokens of a picture", f"1 to {pipeline.vilex.pooler.config.num_queries}, {t2i.text_width} numbers each"),
+        ("Tokens of a picture", f"1 to {pipeline.max_tokens}, {t2i.text_width} numbers each"),
         ("Positions of a prompt", str(t2i.config.context_length)),
         ("Fingerprint", pipeline.fingerprint),
         ("Device and number format", f"{pipeline.device.type}, {str(pipeline.dtype).removeprefix('torch.')}"),

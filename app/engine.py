@@ -1,7 +1,7 @@
 """The compute of all users: one thread draws what they ask for, requests of like settings in one batch.
 
 A request waits in line, is drawn alone or beside others, and gets the latents of its own pictures after each
-step. Nothing of it is kept when it is over.
+step. Polishing a picture's tokens is a request like them, done alone. Nothing of it is kept when it is over.
 """
 
 import copy
@@ -13,22 +13,24 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from vilex.config import GenerationConfig
-from vilex.pipeline import VilexPipeline
-from vilex.sampling import Conditions, Step, count_branches, sample_steps
+from app.jobs import Drawing, Job, Polishing
+from vilex.config import GenerationConfig, PolishConfig
+from vilex.pipeline import Fit, VilexPipeline
+from vilex.polish import PolishStep
+from vilex.sampling import Conditions, Step, sample_steps
 
 HEARTBEAT = 0.5  # seconds after which a waiting request says so again: a generator can only be closed at a yield
-MAX_BEHIND = 32  # steps kept for a reader that is slower than the drawing
 _MEASURED_STEPS = 32
 _log = logging.getLogger(__name__)
 
-Sampler = Callable[[Conditions, GenerationConfig, list[int], bool], Generator[Step, Tensor | None, None]]
+Work = Callable[..., Generator[Step | PolishStep, Tensor | None, None]]
 
 
 @dataclass(frozen=True)
@@ -39,60 +41,13 @@ class Waiting:
     seconds: int
 
 
-@dataclass(eq=False)
-class Job:
-    """One request and what has been drawn of it and not been fetched yet.
-
-    in_halves: draw it in two smaller batches, after one was too large; is_alone: never beside other jobs.
-    """
-
-    conditions: Conditions  # with a row per picture
-    config: GenerationConfig
-    seeds: list[int]
-    changed: threading.Condition
-    steps: deque[Step] = field(default_factory=lambda: deque(maxlen=MAX_BEHIND))
-    next_index: int = 0
-    error: Exception | None = None
-    is_alone: bool = False
-    in_halves: bool = False
-    is_over: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows of its denoiser calls: pictures times branches of guidance."""
-        return len(self.seeds) * count_branches(self.conditions, self.config)
-
-    def fits(self, other: "Job") -> bool:
-        """Whether both can be drawn in one batch: what is not a matter of each row by itself is the same."""
-        return not (self.is_alone or other.is_alone) and self._shared() == other._shared()
-
-    def _shared(self) -> tuple[tuple[str, ...], GenerationConfig]:
-        of_rows = {"seed": 0, "num_images": 1, "num_tokens": 1, "negative_prompt": ""}
-        return self.conditions.names, replace(self.config, **of_rows)
-
-    def receive(self, step: Step, latents: Tensor) -> None:
-        """Takes its pictures of a step, unless they came before a batch was begun anew."""
-        if self.is_over or step.index < self.next_index:
-            return
-        self.steps.append(replace(step, latents=latents))
-        self.next_index = step.index + 1
-        self.is_over = self.next_index == step.num_inference_steps
-        self.changed.notify()
-
-    def end(self, error: Exception) -> None:
-        """No more steps will come."""
-        if not self.is_over:
-            self.error, self.is_over = error, True
-            self.changed.notify()
-
-
 class Engine:
     """Owner of all denoiser work of the app: one thread, and the line of requests before it.
 
     max_batch: rows of a denoiser call (pictures times branches) up to which waiting requests are merged; a larger
-    request is drawn by itself. max_waiting: requests in line. wrap: applied to the generator function that draws
-    a batch; what goes in and out of it may be pickled (`spaces.GPU` runs it in another process), and requests
-    that leave a batch then keep their rows until it ends.
+    request is drawn by itself. max_waiting: requests in line. wrap: applied to the generator functions that draw
+    a batch and polish; what goes in and out of them may be pickled (`spaces.GPU` runs them in another process), and
+    requests that leave a batch then keep their rows until it ends.
     """
 
     def __init__(
@@ -100,10 +55,11 @@ class Engine:
         pipeline: VilexPipeline,
         max_batch: int = 8,
         max_waiting: int = 20,
-        wrap: Callable[[Sampler], Sampler] | None = None,
+        wrap: Callable[[Work], Work] | None = None,
     ) -> None:
         self.pipeline, self.max_batch, self.max_waiting = pipeline, max_batch, max_waiting
-        self._sampler = self._draw_batch if wrap is None else wrap(self._draw_batch)
+        works = (self._draw_batch, self._polish)
+        self._sampler, self._polisher = works if wrap is None else map(wrap, works)
         self._rows_can_leave = wrap is None
         # Reentrant, since the garbage collector may close a forgotten generator in a thread that holds it
         self._lock = threading.RLock()
@@ -126,9 +82,17 @@ class Engine:
         Raises ValueError when the line is full or the memory too small, RuntimeError once the engine is closed,
         and what the drawing itself raised.
         """
-        job = Job(conditions.expand(len(seeds)), config, seeds, threading.Condition(self._lock))
+        expanded, changed = conditions.expand(len(seeds)), threading.Condition(self._lock)
+        return self._serve(Drawing(conditions=expanded, config=config, seeds=seeds, changed=changed))
+
+    def polish(self, image: Image.Image, config: PolishConfig, fit: Fit) -> Iterator[Waiting | PolishStep]:
+        """A picture's tokens, improved: `Waiting` and then steps, as `draw` gives them; it raises the same."""
+        changed = threading.Condition(self._lock)
+        return self._serve(Polishing(image=image, config=config, fit=fit, changed=changed))
+
+    def _serve(self, job: Job) -> Iterator[Waiting | Step | PolishStep]:
         try:
-            event: Waiting | Step | None = self._enter(job)
+            event: Waiting | Step | PolishStep | None = self._enter(job)
             while event is not None:
                 yield event
                 event = self._next_event(job, event)
@@ -160,7 +124,7 @@ class Engine:
             self._arrived.notify()
             return self._place(job)
 
-    def _next_event(self, job: Job, shown: Waiting | Step) -> Waiting | Step | None:
+    def _next_event(self, job: Job, shown: Waiting | Step | PolishStep) -> Waiting | Step | PolishStep | None:
         deadline = time.monotonic() + HEARTBEAT
         with self._lock:
             while True:
@@ -192,7 +156,7 @@ class Engine:
     def _place(self, job: Job) -> Waiting:
         seconds, line = self._seconds_left(), self._waiting
         while job not in (batch := first_batch(line, self.max_batch)):
-            seconds += self._seconds(batch, batch[0].config.num_inference_steps)
+            seconds += self._seconds(batch, batch[0].num_steps)
             line = [other for other in line if other not in batch]
         return Waiting(self._waiting.index(job) + 1, round(seconds))
 
@@ -217,7 +181,7 @@ class Engine:
             if self._is_closed:
                 return False
             self._running = first_batch(self._waiting, self.max_batch)
-            self._steps_left = self._running[0].config.num_inference_steps
+            self._steps_left = self._running[0].num_steps
             self._waiting = [job for job in self._waiting if job not in self._running]
             self._tell_line()
             return True
@@ -230,25 +194,30 @@ class Engine:
             self._retry_or_end(error)
 
     def _draw_running(self, jobs: list[Job]) -> None:
-        conditions = Conditions.concatenate([job.conditions for job in jobs])
-        seeds = [seed for job in jobs for seed in job.seeds]
         if self.pipeline.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.pipeline.device)
-        with closing(self._sampler(conditions, jobs[0].config, seeds, jobs[0].in_halves)) as steps:
+        with closing(self._begin(jobs)) as steps:
             kept = None
             while self._running:
                 started = time.perf_counter()
                 step = steps.send(kept)
                 kept = self._hand_out(step, time.perf_counter() - started)
 
-    def _hand_out(self, step: Step, seconds: float) -> Tensor | None:
+    def _begin(self, jobs: list[Job]) -> Generator[Step | PolishStep, Tensor | None, None]:
+        first = jobs[0]
+        if isinstance(first, Polishing):
+            return self._polisher(first.image, first.config, first.fit)
+        conditions = Conditions.concatenate([job.conditions for job in jobs])
+        return self._sampler(conditions, first.config, [seed for job in jobs for seed in job.seeds], first.in_halves)
+
+    def _hand_out(self, step: Step | PolishStep, seconds: float) -> Tensor | None:
         """Gives each job its pictures of a step; the rows to go on with when some have left, None for all."""
         with self._lock:
-            jobs, counts = self._running, [len(job.seeds) for job in self._running]
-            self._steps_left = step.num_inference_steps - step.index - 1
+            jobs, counts = self._running, [job.num_pictures for job in self._running]
+            self._steps_left = jobs[0].num_steps - step.index - 1
             self._seconds_per_row.append(seconds / sum(job.rows for job in jobs))
-            for job, latents in zip(jobs, step.latents.split(counts), strict=True):
-                job.receive(step, latents if len(jobs) == 1 else latents.clone())  # a view would keep the others'
+            for job, share in zip(jobs, _shares(step, counts), strict=True):
+                job.receive(share)
             stays = [not job.is_over for job in jobs]
             if all(stays) or (any(stays) and not self._rows_can_leave):
                 return None
@@ -262,11 +231,11 @@ class Engine:
             torch.cuda.empty_cache()
         with self._lock:
             jobs, self._running = self._running, []
-            if len(jobs) == 1 and is_memory and len(jobs[0].seeds) > 1 and not jobs[0].in_halves:
+            if len(jobs) == 1 and is_memory and jobs[0].num_pictures > 1 and not jobs[0].in_halves:
                 jobs[0].in_halves = True
             elif len(jobs) == 1:
                 job = jobs.pop()
-                job.end(ValueError(_memory_sentence(len(job.seeds), self.pipeline.device)) if is_memory else error)
+                job.end(ValueError(_memory_sentence(job.num_pictures, self.pipeline.device)) if is_memory else error)
             again = [job for job in jobs if not job.is_over]
             for job in again:
                 job.is_alone = True
@@ -288,6 +257,16 @@ class Engine:
         ]
         for first, second in zip(*samples, strict=True):
             yield replace(first, latents=torch.cat([first.latents, second.latents]))
+
+    def _polish(self, image: Image.Image, config: PolishConfig, fit: Fit) -> Generator[PolishStep, Tensor | None, None]:
+        yield from self.pipeline.polish_stream(image, config, fit=fit)
+
+
+def _shares(step: Step | PolishStep, counts: list[int]) -> list[Step | PolishStep]:
+    """The step of each job, of one of a batch with that many pictures of each."""
+    if len(counts) == 1:
+        return [step]
+    return [replace(step, latents=part.clone()) for part in step.latents.split(counts)]  # a view keeps the others'
 
 
 def first_batch(line: list[Job], max_rows: int) -> list[Job]:

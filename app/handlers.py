@@ -69,8 +69,8 @@ class Handlers:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens the pooler gives."""
-        return self.pipeline.vilex.pooler.config.num_queries if self.pipeline else MAX_TOKENS
+        """The most tokens of a picture."""
+        return self.pipeline.max_tokens if self.pipeline else MAX_TOKENS
 
     def ready(self) -> VilexPipeline:
         """The pipeline. Raises ValueError, with the command that gets them, when there are no weights."""
@@ -92,7 +92,7 @@ class Handlers:
 
     def seen(self, image: Image.Image, fit: str) -> Image.Image:
         """A picture as the encoder sees it."""
-        size = self.pipeline.vilex.encoder.image_size if self.pipeline else _PREVIEW_SIZE
+        size = self.pipeline.seen_size if self.pipeline else _PREVIEW_SIZE
         return fit_image(image, size, fit)
 
     def plan(self, prompt: str, **values: Any) -> tuple[str, dict[str, Any]]:
@@ -211,7 +211,7 @@ class Handlers:
 
 def measure(pipeline: VilexPipeline) -> float:
     """Seconds that one denoising step of one picture takes on this machine."""
-    steps = pipeline.stream("", [Image.new("RGB", (64, 64), "grey")], GenerationConfig(num_inference_steps=2))
+    steps = pipeline.stream("a picture", config=GenerationConfig(num_inference_steps=2))
     next(steps)  # the first step also warms up
     started = time.perf_counter()
     next(steps)

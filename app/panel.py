@@ -8,6 +8,7 @@ from gradio.components import Component
 
 from app.cards import MAX_CARDS, NAMES
 from app.handlers import VIEWS, Handlers
+from app.polish import build_polish
 from app.studio import Card
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 
@@ -44,6 +45,7 @@ class Panel:
     embed: gr.Checkbox
     keep: gr.Button
     kept: list[Component]
+    polish: tuple[gr.Slider, gr.Button]
 
 
 def build_panel(handlers: Handlers, steps: int) -> Panel:
@@ -68,11 +70,11 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
     with gr.Column(elem_id="settings"):
         more, lock, dice, view, embed = _build_settings(handlers, steps)
-        keep, kept = _build_keeping()
+        keep, kept, polish = _build_keeping()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
         cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
-        keep, kept,
+        keep, kept, polish,
     )  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def _build_settings(
     return more, lock, dice, view, embed
 
 
-def _build_keeping() -> tuple[gr.Button, list[Component]]:
+def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Button]]:
     with gr.Accordion("Keep picture A as a word", open=False, elem_id="keeping"):
         gr.Markdown("The word holds the tokens of the picture: who has it has the picture's content.")
         keep = gr.Button("Make the word", size="md", elem_id="keep")
@@ -154,7 +156,8 @@ def _build_keeping() -> tuple[gr.Button, list[Component]]:
         code = gr.Textbox(
             label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code"
         )
-    return keep, [word, code]
+        polish = build_polish()
+    return keep, [word, code], polish
 
 
 def slider(

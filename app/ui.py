@@ -20,6 +20,7 @@ from app.ladder import build_ladder
 from app.messages import duration
 from app.panel import Panel, build_panel
 from app.pictures import RANDOM_SEED, build_gallery, build_pictures
+from app.polish import wire_polish
 from app.restore import build_page
 from app.sources import announce, arrive, wire_cards
 from app.studio import SILENT, Studio
@@ -140,6 +141,7 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
     studio.compute(
         panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode",
     )  # fmt: skip
+    wire_polish(studio, *panel.polish)
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     gr.on(

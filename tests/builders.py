@@ -8,6 +8,8 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -97,9 +99,10 @@ def build_vae(channels: int = 4, **changes: object) -> AutoencoderKL:
 
 
 def build_pipeline(kind: str) -> DiffusionPipeline:
-    """diffusers' own pipeline of random parts from a fixed seed: "sd", "sdxl" or "sd3"."""
+    """diffusers' own pipeline of random parts from a fixed seed: "sd", "sdxl", "sd3", "flux" or "flux-schnell"."""
     torch.manual_seed(0)
-    pipeline = {"sd": _build_sd, "sdxl": _build_sdxl, "sd3": _build_sd3}[kind]()
+    builders = {"sd": _build_sd, "sdxl": _build_sdxl, "sd3": _build_sd3, "flux": _build_flux}
+    pipeline = _build_flux(distilled=False) if kind == "flux-schnell" else builders[kind]()
     pipeline.set_progress_bar_config(disable=True)
     texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
     for part in texts:
@@ -143,13 +146,34 @@ def _build_sd3() -> StableDiffusion3Pipeline:
         num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=6 + 10,
         pos_embed_max_size=12, qk_norm="rms_norm",
     )  # fmt: skip
-    t5 = T5Config(
-        vocab_size=len(third), d_model=24, d_kv=6, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
-    )
     return StableDiffusion3Pipeline(
         transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=build_vae(6, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=build_clip(first, layers=2, projection=6), tokenizer=first,
         text_encoder_2=build_clip(second, 2, width=12, layers=2, projection=10), tokenizer_2=second,
-        text_encoder_3=T5EncoderModel(t5).eval(), tokenizer_3=third,
+        text_encoder_3=_build_t5(third), tokenizer_3=third,
     )  # fmt: skip
+
+
+def _build_flux(distilled: bool = True) -> FluxPipeline:
+    """With distilled guidance and a dynamic shift, as dev has them, or with neither, as schnell."""
+    first, second = build_tokenizer("clip"), build_tokenizer("t5")
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=8, guidance_embeds=distilled, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled)
+    return FluxPipeline(
+        transformer=transformer, scheduler=scheduler,
+        vae=build_vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=build_clip(first, layers=2), tokenizer=first,
+        text_encoder_2=_build_t5(second), tokenizer_2=second,
+    )  # fmt: skip
+
+
+def _build_t5(tokenizer: PreTrainedTokenizerFast) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=24, d_kv=6, d_ff=16, num_layers=1, num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()

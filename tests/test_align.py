@@ -13,11 +13,11 @@ from training import assert_same, checkpoint, reset_accelerate, snapshot
 
 from train import train_t2i
 from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
-from train.loss import diffusion_loss
 from train.presets import PRESETS
 from train.run import RunOptions, load_data, override
 from train.state import TrainState, _step
 from vilex.config import GenerationConfig
+from vilex.loss import diffusion_loss
 
 TINY = PRESETS["tiny"]
 

@@ -130,6 +130,37 @@ def test_encode_writes_the_first_tokens_of_each_picture(folder, pipeline, pictur
     assert torch.equal(code.vilex_tokens, pipeline.encode(picture, 3)[0].half().float())
 
 
+def test_polish_writes_words_that_the_other_commands_take(folder, pipeline, picture):
+    result = run("polish", "dog.png", "photos/cat.png", "--tokens", "3", "--seed", "2", "--out", "words", *FAST)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.split() == [str(Path("words/dog.vilex")), str(Path("words/cat.vilex"))]
+    tokens = load_code("words/cat.vilex", pipeline.fingerprint).vilex_tokens
+    expected = pipeline.polish(picture, 3, steps=2, seed=2)
+    assert torch.equal(tokens, expected.half().float())
+    assert run("vary", "words/cat.vilex", "--tokens", "3", "--count", "1", "--out", "out", *FAST).exit_code == 0
+    run("polish", "dog.png", "--tokens", "3", "--words", "red dog", "--out", "spelt.vilex", *FAST)
+    assert not torch.equal(load_code("spelt.vilex").vilex_tokens, tokens)
+
+
+def test_polish_skips_what_has_no_picture(folder):
+    run("encode", "dog.png", "--out", "dog.vilex")
+    result = run("polish", "dog.vilex", "photos/broken.png", "dog.png", "--out", "words", "--tokens", "2", *FAST)
+    assert result.exit_code == 1 and names_in("words") == ["dog-2.vilex"]
+    assert "skipped: dog.vilex: a word has no picture to look at\n" in result.stderr
+
+
+def test_a_model_without_encoder_draws_words_and_polished_pictures(folder, monkeypatch, pipeline):
+    bare = VilexPipeline(pipeline.t2i, name="bare")
+    for module in (cli, desk):
+        monkeypatch.setattr(module, "load_pipeline", lambda engine: bare)
+    assert run("generate", "--prompt", "a dog", "--count", "1", "--out", "out", *FAST).exit_code == 0
+    result = run("vary", "dog.png", "--out", "out", *FAST)
+    assert result.exit_code == 2 and "skipped: bare has no ViLex weights to read pictures with" in result.stderr
+    assert run("polish", "dog.png", "--tokens", "3", "--out", "dog.vilex", *FAST).exit_code == 0
+    result = run("mix", "dog.vilex", "--prompt", "<image> on the beach", "--tokens", "3", "--out", "out", *FAST)
+    assert result.exit_code == 0 and names_in("out") == ["a-dog-seed0.png", "dog-mix-seed0.png"]
+
+
 def test_padding_reaches_the_encoder(folder):
     run("encode", "dog.png", "--out", "crop.vilex")
     run("encode", "dog.png", "--fit", "pad", "--out", "pad.vilex")
@@ -373,6 +404,7 @@ BAD_INPUTS = [
     (("inspect", "dog.png", "--words", "0"), "0 is not in the range 1<=x<=20"),
     (("generate", "--prompt", "<image>"), "Error: <image> asks for an image that is not there: the prompt has 0"),
     (("encode", "dog.png", "photos", "--out", "x.vilex"), "Error: 4 pictures need a folder, --out is the file x.vilex"),
+    (("polish", "dog.png", "--steps", "0"), "0 is not in the range 1<=x<=1000"),
     (("encode", "foreign.vilex", "--out", "foreign.vilex"), "skipped: foreign.vilex: the code was made by"),
 ]
 
@@ -397,6 +429,14 @@ def test_missing_weights_are_named(folder, monkeypatch):
     assert result.exit_code == 2 and result.stderr.startswith("Error: no weights at './nothing': give a folder")
 
 
+def test_a_cpu_has_nothing_to_offload_from(folder, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    result = run("vary", "dog.png", "--device", "cpu", "--offload")
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --offload is for GPUs: on a CPU there is nothing to offload from\n"
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -416,8 +456,8 @@ def test_a_failing_model_ends_with_1_and_one_sentence(folder, monkeypatch, pipel
 def test_options_reach_the_loader(folder, monkeypatch, pipeline):
     engines = []
     monkeypatch.setattr(cli, "load_pipeline", lambda engine: engines.append(engine) or pipeline)
-    run("encode", "dog.png", "--model", "m", "--device", "cuda:1", "--dtype", "bfloat16")
-    assert engines == [cli.Engine("m", "cuda:1", "bfloat16")]
+    run("encode", "dog.png", "--model", "m", "--device", "cuda:1", "--dtype", "bfloat16", "--offload")
+    assert engines == [cli.Engine("m", "cuda:1", "bfloat16", offload=True)]
 
 
 def test_help_needs_neither_diffusers_nor_transformers():
@@ -428,5 +468,5 @@ def test_help_needs_neither_diffusers_nor_transformers():
 def test_the_module_is_the_command():
     result = subprocess.run([sys.executable, "-m", "vilex", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("Usage: vilex [OPTIONS] COMMAND")
-    verbs = ("blend", "encode", "generate", "inspect", "mix", "reconstruct", "redo", "vary")
+    verbs = ("blend", "encode", "generate", "inspect", "mix", "polish", "reconstruct", "redo", "vary")
     assert all(f"\n  {verb} " in result.stdout for verb in verbs)

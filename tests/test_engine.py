@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from app import engine as engine_module
-from app.engine import MAX_BEHIND, Engine, Waiting
-from vilex.config import GenerationConfig
+from app.engine import Engine, Waiting
+from app.jobs import MAX_BEHIND
+from vilex.config import GenerationConfig, PolishConfig
 from vilex.diffusion import Conditioning
 from vilex.pipeline import VilexPipeline
+from vilex.polish import NOISE_DRAWS, PolishStep
 from vilex.sampling import Conditions, Step, sample
 
 FAST = GenerationConfig(num_inference_steps=3, num_tokens=5)
@@ -38,14 +40,14 @@ class Watched:
         self.gate.set()
         monkeypatch.setattr(pipeline.t2i, "denoise", self._call)
 
-    def _call(self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
+    def _call(self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning, *denoiser: object) -> Tensor:
         self.rows.append(len(noisy_latents))
         assert self.gate.wait(SOON)
         if self.error is not None:
             raise self.error
         if len(noisy_latents) > self.largest:
             raise torch.OutOfMemoryError("out of memory")
-        return self._denoise(noisy_latents, timesteps, condition)
+        return self._denoise(noisy_latents, timesteps, condition, *denoiser)
 
 
 @pytest.fixture
@@ -268,12 +270,12 @@ def release(watched: Watched, calls: int) -> None:
     watched._denoise = denoise
 
 
-def test_a_wrapped_sampler_draws_the_same(pipeline, ask, watched):
+def test_a_wrapped_sampler_draws_the_same(pipeline, ask, watched, picture):
     calls = []
 
-    def wrap(sampler: engine_module.Sampler) -> engine_module.Sampler:
+    def wrap(sampler: engine_module.Work) -> engine_module.Work:
         def wrapped(*args: object) -> Iterator[Step]:
-            calls.append(len(args[2]))
+            calls.append(len(args[2]) if sampler.__name__ == "_draw_batch" else "polish")
             yield from iter(list(sampler(*args)))  # as from another process: nothing can be sent into it
 
         return wrapped
@@ -287,7 +289,39 @@ def test_a_wrapped_sampler_draws_the_same(pipeline, ask, watched):
         left.close()
         second.assert_its_own(steps_of(stays))
         assert len(steps_of(running)) == 3
-    assert calls == [1, 3]
+        *_, last = engine.polish(picture, PolishConfig(num_tokens=3, num_steps=2), "crop")
+    assert calls == [1, 3, "polish"] and last.index == 1
+
+
+def test_polishing_waits_its_turn_and_the_next_waits_for_it(engine, ask, watched, picture, pipeline):
+    config = PolishConfig(num_tokens=3, num_steps=3, seed=4)
+    alone = pipeline.polish(picture, 3, steps=3, seed=4, fit="pad")
+    watched.rows.clear()
+    running = occupy(engine, watched, ask("dog"))
+    polishing = engine.polish(picture, config, "pad")
+    assert next(polishing).position == 1
+    behind = ask("cat").enter(engine)
+    watched.gate.set()
+    *_, last = polishing
+    assert torch.equal(last.vilex_tokens, alone)
+    assert (last.index, last.num_steps, len(steps_of(running)), len(steps_of(behind))) == (2, 3, 3, 3)
+    assert watched.rows == [2] * 3 + [NOISE_DRAWS] * 3 + [2] * 3
+
+
+def test_a_stopped_polishing_ends_within_a_step(engine, ask, watched, picture):
+    polishing = engine.polish(picture, PolishConfig(num_tokens=3, num_steps=100), "crop")
+    assert isinstance(next(event for event in polishing if not isinstance(event, Waiting)), PolishStep)
+    polishing.close()
+    assert len(steps_of(ask("dog").draw(engine))) == 3
+    assert watched.rows.count(NOISE_DRAWS) < 100
+
+
+def test_an_error_in_polishing_reaches_only_its_request(engine, ask, watched, picture):
+    watched.error = torch.OutOfMemoryError("out of memory")
+    with pytest.raises(ValueError, match="even 1 image needs more memory than there is"):
+        list(engine.polish(picture, PolishConfig(num_tokens=3, num_steps=2), "crop"))
+    watched.error = None
+    assert len(steps_of(ask("dog").draw(engine))) == 3
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyError("x"), ValueError("no")])

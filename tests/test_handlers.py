@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from app import budget, ladder, ui
-from app.cards import CardInput, pack, take_cards
+from app import budget, ladder, polish, ui
+from app.cards import CardInput, pack, take_cards, unpack
 from app.handlers import Handlers, build_config, measure
 from vilex.codes import VilexCode, from_text, load_code
 from vilex.config import GenerationConfig
@@ -397,12 +397,53 @@ def test_whole_numbers_arrive_as_int():
 
 def test_measure_takes_some_time(pipeline):
     assert 0 < measure(pipeline) < 60
+    assert 0 < measure(VilexPipeline(pipeline.t2i)) < 60
+
+
+# Polish, and models without an encoder
+
+
+def improve(handlers: Handlers, upload: dict | None, steps: object = STEPS, **card: object) -> list[tuple]:
+    return list(polish.polish(handlers, picture=upload, polish_steps=steps, **card))
+
+
+def test_polishing_ends_as_a_word_that_draws(handlers, upload, pipeline, picture):
+    updates = improve(handlers, upload, fit="pad")
+    word, status = updates[-1]
+    assert status.startswith("<p>Polished in ") and all(is_skipped(update[0]) for update in updates[:-1])
+    assert "Polishing · step 2 of 3 · " in "".join(status for _, status in updates)
+    code = unpack(word, pipeline.fingerprint)
+    assert code.source == "my-corner"
+    assert torch.equal(code.vilex_tokens, pipeline.polish(picture, steps=STEPS, fit="pad").half().float())
+    assert len(draw(handlers, None, word=word)[-1][0]) == 2
+
+
+@pytest.mark.parametrize(("has_picture", "steps", "message"), [
+    (False, STEPS, "Give picture A first: a word without its picture cannot be polished"),
+    (True, 0, "polish_steps must be between 1 and 1000, got 0"),
+    (True, "many", "polish_steps must be a number, got 'many'"),
+])  # fmt: skip
+def test_what_cannot_be_polished_is_told(handlers, upload, has_picture, steps, message):
+    with pytest.raises(gr.Error, match=message):
+        improve(handlers, upload if has_picture else None, steps)
+
+
+def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload):
+    handlers = Handlers(VilexPipeline(pipeline.t2i, name="bare"))
+    assert ui.build_demo(handlers, ui.Notes(steps=4)).fns
+    assert handlers.look(upload, "crop").size == (32, 32) and handlers.max_tokens == 22
+    with pytest.raises(gr.Error, match="bare has no ViLex weights to read pictures with: .* Polish picture A"):
+        draw(handlers, upload)
+    assert len(draw(handlers, None, "a dog")[-1][0]) == 2
+    word = improve(handlers, upload)[-1][0]
+    assert len(draw(handlers, None, "<image> on the beach", word=word)[-1][0]) == 2
+    handlers.engine.close()
 
 
 def test_page_offers_named_endpoints_that_share_one_queue(handlers):
     demo = ui.build_demo(handlers, ui.Notes(steps=4))
     names = {f.api_name for f in demo.fns.values() if f.api_visibility == "public" and f.api_name}
-    assert names >= {"reconstruct", "generate", "encode"}
+    assert names >= {"reconstruct", "generate", "encode", "polish"}
     compute = [f for f in demo.fns.values() if f.concurrency_id == "compute"]
     assert len(compute) >= 4 and len({f.concurrency_limit for f in compute}) == 1
     described = demo.get_api_info()["named_endpoints"]

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from train.presets import PRESETS
 from vilex.config import GenerationConfig
+from vilex.devices import pick_device, pick_dtype
 from vilex.model import ViLex, load_vilex
-from vilex.pipeline import VilexPipeline, pick_device, pick_dtype
+from vilex.pipeline import VilexPipeline
 
 FAST = GenerationConfig(num_inference_steps=2, num_tokens=7)
 
@@ -263,3 +264,8 @@ def test_dtypes(monkeypatch):
         pick_dtype("int8", cpu)
     with pytest.raises(ValueError, match="dtype float16 is for GPUs; on a CPU use float32 or bfloat16"):
         pick_dtype("float16", cpu)
+
+
+def test_there_is_nothing_to_offload_from_on_a_cpu():
+    with pytest.raises(ValueError, match="--offload is for GPUs: on a CPU there is nothing to offload from"):
+        VilexPipeline.from_pretrained(device="cpu", offload=True)

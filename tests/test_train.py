@@ -19,7 +19,6 @@ from training import assert_same, checkpoint, reset_accelerate, snapshot, visibl
 from train import train_t2i, train_vilex
 from train.batches import Batch, draw_batch, tabulate
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
-from train.loss import Noise, diffusion_loss, draw_noise, loss_weights
 from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
@@ -28,6 +27,7 @@ from train.words import spell_captions
 from vilex.config import DEFAULT_BUDGETS, EncoderConfig
 from vilex.diffusion import load_t2i
 from vilex.encoder import build_encoder
+from vilex.loss import Noise, diffusion_loss, draw_noise, loss_weights
 from vilex.pipeline import VilexPipeline
 from vilex.pooler import sample_num_tokens
 from vilex.prompt import compose

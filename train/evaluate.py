@@ -78,7 +78,7 @@ class Conditioner:
 
     def tokens(self, pixels: Tensor, num_tokens: int) -> Conditions:
         """The pictures' own first tokens alone."""
-        vilex_tokens = self.pipeline.vilex(pixels.to(self.pipeline.device), num_tokens)
+        vilex_tokens = self.pipeline.encoder(pixels.to(self.pipeline.device), num_tokens)
         none = torch.zeros(len(pixels), 0, dtype=torch.long, device=vilex_tokens.device)
         prompt = compose_leading(none, none.bool(), vilex_tokens, self.special, self.t2i.config.context_length)
         return Conditions(self._empty(), image=self.t2i.encode_prompt(prompt))

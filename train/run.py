@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from train.batches import Batch, CaptionTable, draw_batch
 from train.data import Pictures, Record, load_pictures, sampling_weights
-from train.loss import Noise, draw_noise
 from train.presets import PRESETS, Preset, TrainConfig
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
+from vilex.loss import Noise, draw_noise
 
 log = get_logger(__name__)  # speaks on the main process only
 MAX_HELD_OUT = 512  # pictures of the validation loss

@@ -19,7 +19,6 @@ from train.batches import Batch, tabulate
 from train.captions import write_captions
 from train.data import Pictures
 from train.distil import TeacherFeatures, teacher_features
-from train.loss import Noise, diffusion_loss, draw_noise
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
@@ -28,6 +27,7 @@ from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
 from vilex.diffusion import Conditioning, EmbeddedModel, TextToImage, build_noise_scheduler, load_t2i
 from vilex.images import contact_sheet, to_images
+from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.minilm import load_text_encoder
 from vilex.prompt import compose
 from vilex.sampling import Conditions, sample

@@ -26,7 +26,6 @@ from transformers.optimization import Adafactor
 from train.batches import Batch, CaptionTable, tabulate
 from train.data import Pictures
 from train.distil import DistilConfig, distil_encoder
-from train.loss import Noise, diffusion_loss, draw_noise
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
@@ -37,6 +36,7 @@ from vilex.config import DEFAULT_BUDGETS, GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.encoder import build_encoder
 from vilex.images import contact_sheet, to_images
+from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.model import ViLex, load_vilex
 from vilex.pipeline import VilexPipeline
 from vilex.pooler import sample_num_tokens

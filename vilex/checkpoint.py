@@ -16,7 +16,8 @@ from vilex.config import DEFAULT_MODEL
 
 WEIGHTS_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "weights"
 MAX_SHARD_SIZE = "45MB"
-_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.md", "*.safetensors"]  # weights and tokenizers, never pickles
+# Weights of ViLex and tokenizers, never pickles; `load_t2i` fetches what it needs of a repository of diffusers itself
+_DOWNLOADED = ["*.json", "*.txt", "*.model", "*.md", "vilex*.safetensors", "t2i/*.safetensors"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_NAMED = 5  # tensors an error message lists before it only counts
 
@@ -24,8 +25,8 @@ _MAX_NAMED = 5  # tensors an error message lists before it only counts
 def find_weights(model: str | None = None) -> str:
     """The folder of a model: `model`, else VILEX_WEIGHTS, else the default in the checkout.
 
-    `model` is a folder, the name of a folder in assets/weights, or a hub id, which is downloaded; nothing is
-    downloaded that was not named.
+    `model` is a folder, the name of a folder in assets/weights, or a hub id, which is downloaded, of a repository of
+    diffusers only its small files; nothing is downloaded that was not named.
     Raises ValueError with the command that gets the weights when there are none.
     """
     wanted = model or os.environ.get("VILEX_WEIGHTS")
@@ -42,9 +43,13 @@ def find_weights(model: str | None = None) -> str:
 
 def weights_name(folder: Path) -> str:
     """The name of a model's folder; of a hub download, whose folder is a commit, the hub id."""
-    if folder.parent.name == "snapshots":
-        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return folder.name
+    return hub_id(folder) or folder.name
+
+
+def hub_id(folder: Path) -> str:
+    """The hub id of a folder that is a hub download, empty for any other."""
+    is_download = folder.parent.name == "snapshots"
+    return folder.parent.parent.name.removeprefix("models--").replace("--", "/") if is_download else ""
 
 
 def _resolve(wanted: str) -> str:

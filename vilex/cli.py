@@ -14,7 +14,7 @@ import click
 
 from vilex import __version__
 from vilex.codes import save_code
-from vilex.config import CUT_RANGE, DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig
+from vilex.config import CUT_RANGE, DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, PolishConfig
 from vilex.desk import (
     CODE_SUFFIX,
     MAX_STEM,
@@ -30,6 +30,7 @@ from vilex.desk import (
     note,
     open_desk,
     progress,
+    read_picture,
     read_recipe,
     read_word,
 )
@@ -51,7 +52,9 @@ from vilex.recipe import build_recipe, differences
 from vilex.words import Reading, blend, graft
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
-    from vilex.pipeline import Fit
+    from torch import Tensor
+
+    from vilex.pipeline import Fit, VilexPipeline
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -287,10 +290,7 @@ def _table(stem: str, readings: Sequence[Reading]) -> str:
     return "\n".join(lines)
 
 
-@main.command()
-@photo_options
-@setting_option("--tokens", "num_tokens")
-@click.option(
+_word_out = click.option(
     "--out",
     type=click.Path(path_type=Path),
     default="outputs",
@@ -298,22 +298,66 @@ def _table(stem: str, readings: Sequence[Reading]) -> str:
     show_envvar=True,
     help="File that ends in .vilex, for one PHOTO, or a folder.",
 )
+
+
+@main.command()
+@photo_options
+@setting_option("--tokens", "num_tokens")
+@_word_out
 @shared
 def encode(engine: Engine, config: GenerationConfig, photos: Sequence[Source], fit: "Fit", out: Path) -> None:
     """Keep each PHOTO as a word in a .vilex file.
 
     The other commands take such a file in place of a picture. Whoever has it can draw what the picture shows.
     """
+    inputs = _inputs_for(out, photos)
+    pipeline = load_pipeline(engine)
+    read = functools.partial(read_word, pipeline=pipeline, num_tokens=config.num_tokens, fit=fit)
+    with progress(len(inputs)) as advance:
+        for stem, word in each_readable(inputs, read, advance):
+            _keep(pipeline, word.vilex_tokens, stem, out, inputs)
+            advance()
+
+
+@main.command()
+@photo_options
+@setting_option("--tokens", "num_tokens", kind=PolishConfig)
+@setting_option("--steps", "num_steps", kind=PolishConfig)
+@setting_option("--seed", "seed", kind=PolishConfig)
+@click.option("--words", default="", help="Start from these words, not from the encoder's tokens.")
+@_word_out
+@shared
+def polish(engine: Engine, config: PolishConfig, photos: Sequence[Source], fit: "Fit", words: str, out: Path) -> None:
+    """Keep each PHOTO, which must be a picture, as a word that was improved for it.
+
+    Gradient steps on the model's own loss start from the encoder's tokens; for a text-to-image model that has no
+    encoder, from --words or from the average word.
+    """
+    inputs = _inputs_for(out, photos)
+    pipeline = load_pipeline(engine)
+    steps = config.num_steps
+    with progress(len(inputs) * steps) as advance:
+        for stem, image in each_readable(inputs, read_picture, lambda: advance(steps)):
+            tokens = pipeline.polish(
+                image, config.num_tokens, steps, config.seed, lambda *_: advance(), words=words, fit=fit
+            )
+            _keep(pipeline, tokens, stem, out, inputs)
+
+
+def _inputs_for(out: Path, photos: Sequence[Source]) -> dict[str, Source]:
+    """The inputs; the place for their .vilex files is made. Raises ValueError when one file is to hold several."""
     inputs = find_inputs(photos)
     is_file = out.suffix == CODE_SUFFIX
     if is_file and len(inputs) > 1:
         raise ValueError(f"{len(inputs)} pictures need a folder, --out is the file {out}")
     (out.parent if is_file else out).mkdir(parents=True, exist_ok=True)
-    pipeline, sources = load_pipeline(engine), files_of(inputs)
-    read = functools.partial(read_word, pipeline=pipeline, num_tokens=config.num_tokens, fit=fit)
-    with progress(len(inputs)) as advance:
-        for stem, word in each_readable(inputs, read, advance):
-            path = free_path(out if is_file else out / f"{stem}{CODE_SUFFIX}", sources)
-            save_code(path, word.vilex_tokens, pipeline.fingerprint, source=f"{stem}{CODE_SUFFIX}")
-            echo_path(path)
-            advance()
+    return inputs
+
+
+def _keep(
+    pipeline: "VilexPipeline", vilex_tokens: "Tensor", stem: str, out: Path, inputs: Mapping[str, Source]
+) -> None:
+    path = out if out.suffix == CODE_SUFFIX else out / f"{stem}{CODE_SUFFIX}"
+    path = free_path(path, files_of(inputs))
+    save_code(path, vilex_tokens, pipeline.fingerprint, source=f"{stem}{CODE_SUFFIX}")
+    echo_path(path)

@@ -136,6 +136,15 @@ SCHEDULERS = ("dpm++", "ddim", "euler")
 
 
 @dataclass(frozen=True)
+class PolishConfig(Config):
+    """How a picture's tokens are improved for this one picture."""
+
+    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS, "tokens to improve")
+    num_steps: int = setting(40, 1, 1000, "gradient steps")
+    seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the noises")
+
+
+@dataclass(frozen=True)
 class EncoderConfig(Config):
     """A vision tower giving patch tokens (B,P,D).
 

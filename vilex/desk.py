@@ -107,11 +107,11 @@ class Desk:
 
 
 def load_pipeline(engine: Engine) -> "VilexPipeline":
-    """The pipeline of the options --model, --device and --dtype; raises ValueError as `from_pretrained` does."""
+    """The pipeline of the options of every command; raises ValueError as `from_pretrained` does."""
     from vilex.pipeline import VilexPipeline
 
     _silence_libraries()
-    return VilexPipeline.from_pretrained(engine.model, device=engine.device, dtype=engine.dtype)
+    return VilexPipeline.from_pretrained(engine.model, device=engine.device, dtype=engine.dtype, offload=engine.offload)
 
 
 def _silence_libraries() -> None:
@@ -175,14 +175,25 @@ def read_word(
 ) -> InputWord:
     """The first tokens of a picture, a .vilex file or a code; raises ValueError with the file's name."""
     label = source.name if isinstance(source, Path) else name
-    if isinstance(source, Path) and source.suffix.lower() != CODE_SUFFIX:
-        image = load_image(source, on_note=echo_error)
+    if _is_picture(source):
+        image = read_picture(name, source)
         tokens = pipeline.encode(image, num_tokens, fit)[0]
     else:
         image, fit, tokens = None, "", _read_code(label, source, pipeline)[:num_tokens]
     if len(tokens) < num_tokens:
         note(label, f"has {len(tokens)} tokens, fewer than the {num_tokens} asked for")
     return InputWord(name, pipeline.weigh(tokens, weight), weight, fit, image)
+
+
+def read_picture(name: str, source: Source) -> Image.Image:
+    """The picture in a file. Raises ValueError for a .vilex file or a code, which has no picture."""
+    if not _is_picture(source):
+        raise ValueError(f"{source.name if isinstance(source, Path) else name}: a word has no picture to look at")
+    return load_image(source, on_note=echo_error)
+
+
+def _is_picture(source: Source) -> bool:
+    return isinstance(source, Path) and source.suffix.lower() != CODE_SUFFIX
 
 
 def _read_code(label: str, source: Source, pipeline: "VilexPipeline") -> Tensor:

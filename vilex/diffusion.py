@@ -18,7 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.latent import LatentModel, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from vilex.flow import StableDiffusion3
+from vilex.flux import Flux
+from vilex.latent import LatentModel, StableDiffusion, StableDiffusionXL
 from vilex.minilm import load_text_encoder
 from vilex.prompt import ComposedPrompt
 from vilex.t2i import INDEX_NAME, Conditioning, TextToImage, read_words
@@ -76,7 +78,8 @@ class EmbeddedModel(TextToImage):
 
     def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
         """All states with the mask of words, and their mean; gradients reach `prompt.vectors`."""
-        mask, (vectors,) = prompt.attention_mask.to(self.text_encoder.device), self.split_vectors(prompt)
+        (vectors,) = self.split_vectors(prompt)
+        mask = prompt.attention_mask.to(vectors.device)
         output = read_words(self.text_encoder, prompt.input_ids, prompt.slots, vectors, attention_mask=mask)
         states = output.last_hidden_state  # (B,L,D)
         return Conditioning(states, masked_mean(states, mask), mask)
@@ -112,7 +115,7 @@ class EmbeddedModel(TextToImage):
         (folder / CONFIG_NAME).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
 
 
-_KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, EmbeddedModel)
+_KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, EmbeddedModel)
 
 
 def masked_mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -151,10 +154,11 @@ def build_noise_scheduler(**changes: object) -> DDPMScheduler:
     return DDPMScheduler(**SCHEDULER | changes)
 
 
-def load_t2i(model: str | Path, text_encoder: str | None = None) -> TextToImage:
+def load_t2i(model: str | Path, text_encoder: str | None = None, dtype: torch.dtype = torch.float32) -> TextToImage:
     """A frozen model from a folder in diffusers layout, or from the hub id of one.
 
-    text_encoder: a folder to take the embedded model's text encoder from instead of the usual places.
+    text_encoder: a folder to take the embedded model's text encoder from instead of the usual places. dtype: what a
+    latent model's parts are read as, those where that is safe.
     Raises ValueError when there is no such model or a weight is missing, left over or misshapen.
     """
     folder = Path(model).expanduser()
@@ -165,7 +169,7 @@ def load_t2i(model: str | Path, text_encoder: str | None = None) -> TextToImage:
     if missing := [name for name in kind.part_names() if not (folder / name).is_dir()]:
         raise ValueError(f"the text-to-image model in {folder} is not complete: {', '.join(missing)} is missing")
     try:
-        return _load_embedded(folder, text_encoder) if kind is EmbeddedModel else kind.load(folder, index)
+        return _load_embedded(folder, text_encoder) if kind is EmbeddedModel else kind.load(folder, index, dtype)
     except OSError as error:
         raise ValueError(f"the text-to-image model in {folder} is not complete: {error}") from error
 

@@ -1,18 +1,16 @@
-"""Frozen latent models in diffusers layout: Stable Diffusion 1.x / 2.x, SDXL and Stable Diffusion 3.x."""
+"""Frozen latent models in diffusers layout: what they share, and Stable Diffusion 1.x / 2.x and XL."""
 
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
-    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
@@ -22,17 +20,16 @@ from transformers import (
     CLIPTextModelWithProjection,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    T5EncoderModel,
 )
 from transformers.utils import ModelOutput
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, recompose, special_tokens
+from vilex.prompt import ComposedPrompt, special_tokens
 from vilex.t2i import Conditioning, TextToImage, read_words
 
+_vae_lock = threading.Lock()  # lest an offloaded layer is sent away that another thread is using
 _ZERO_EMPTY = "force_zeros_for_empty_prompt"  # in model_index.json
-T5_LENGTH = 256  # positions that diffusers' Stable Diffusion 3 pads T5's prompts to
 
 
 class LatentModel(TextToImage):
@@ -41,6 +38,7 @@ class LatentModel(TextToImage):
     text_classes: ClassVar[tuple[type[PreTrainedModel], ...]]
     denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
     scheduler_class: ClassVar[type[SchedulerMixin]] = DDPMScheduler
+    fp32_parts: ClassVar[tuple[str, ...]] = ()  # that overflow in fp16
 
     def __init__(
         self,
@@ -57,17 +55,31 @@ class LatentModel(TextToImage):
         _require_supported(denoiser, vae)
 
     @classmethod
-    def load(cls, folder: Path, index: dict[str, Any]) -> Self:
-        """The frozen model in a folder whose model_index.json holds `index`; all weights in fp32."""
+    def load(cls, folder: Path, index: dict[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """The frozen model in a folder whose model_index.json holds `index`, parts in `dtype` if safe."""
         count = len(cls.text_classes)
-        encoders = zip(cls.text_classes, _numbered("text_encoder", count), strict=True)
+
+        def read(kind: type, name: str) -> nn.Module:
+            return load_pretrained(kind, folder / name, dtype=cls.safe_dtype(name, dtype))
+
         return cls(
             [AutoTokenizer.from_pretrained(folder / name) for name in _numbered("tokenizer", count)],
-            [load_pretrained(kind, folder / name).float() for kind, name in encoders],  # transformers keeps fp16
-            load_pretrained(cls.denoiser_class, folder / cls.denoiser_name),
+            [read(*part) for part in zip(cls.text_classes, _numbered("text_encoder", count), strict=True)],
+            read(cls.denoiser_class, cls.denoiser_name),
             cls.scheduler_class.from_pretrained(folder / "scheduler"),
-            load_pretrained(AutoencoderKL, folder / "vae"),
+            read(AutoencoderKL, "vae"),
         )
+
+    @classmethod
+    def safe_dtype(cls, part: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of a part of a model that computes in `dtype`."""
+        return torch.float32 if part in cls.fp32_parts else dtype
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Has it compute in a dtype, each part where that is safe."""
+        for name, part in self.parts().items():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, dtype=self.safe_dtype(name, dtype), memory_format=torch.channels_last)
 
     @classmethod
     def part_names(cls) -> list[str]:
@@ -88,12 +100,16 @@ class LatentModel(TextToImage):
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B,3,H,W) in [-1,1] -> latents (B,C,h,w), the mean of the VAE's distribution."""
         settings = self.vae.config
-        return (self.vae.encode(pixels).latent_dist.mean - (settings.shift_factor or 0)) * settings.scaling_factor
+        with _vae_lock:
+            mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
+        return (mean - (settings.shift_factor or 0)) * settings.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents (B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
         settings = self.vae.config
-        return self.vae.decode(latents / settings.scaling_factor + (settings.shift_factor or 0)).sample.clamp(-1, 1)
+        latents = latents / settings.scaling_factor + (settings.shift_factor or 0)
+        with _vae_lock:
+            return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
     def _read_clip(self, index: int, prompt: ComposedPrompt, vectors: Tensor) -> ModelOutput:
         """What one of the CLIP encoders makes of the prompt, padded as its own tokenizer does."""
@@ -130,6 +146,7 @@ class StableDiffusionXL(LatentModel):
 
     pipeline_class = "StableDiffusionXLPipeline"
     text_classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    fp32_parts = ("vae",)
 
     def __init__(
         self,
@@ -141,16 +158,16 @@ class StableDiffusionXL(LatentModel):
         zero_empty: bool = True,
     ) -> None:
         super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
-        _require_one_vocabulary(*tokenizers)
+        require_one_vocabulary(*tokenizers)
         special = special_tokens(self.tokenizer)
         self.zero_empty, self._num_special = zero_empty, len(special.prefix) + len(special.suffix)
         size = self.image_size
         self.register_buffer("time_ids", torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32), False)
 
     @classmethod
-    def load(cls, folder: Path, index: dict[str, Any]) -> Self:
-        """The frozen model in a folder whose model_index.json holds `index`; all weights in fp32."""
-        model = super().load(folder, index)
+    def load(cls, folder: Path, index: dict[str, Any], dtype: torch.dtype = torch.float32) -> Self:
+        """The frozen model in a folder whose model_index.json holds `index`, parts in `dtype` if safe."""
+        model = super().load(folder, index, dtype)
         model.zero_empty = index.get(_ZERO_EMPTY, True)
         return model
 
@@ -183,105 +200,20 @@ class StableDiffusionXL(LatentModel):
         )[0]
 
 
-class StableDiffusion3(LatentModel):
-    """Stable Diffusion 3.x: a transformer that predicts a flow, two CLIP text encoders and T5.
-
-    All three carry ViLex tokens: CLIP for the pooled vector that steers every block, T5 for most of the states.
-    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew; its longer context keeps words that
-    do not fit CLIP's. Noise is added as (1 - s) x0 + s noise, timesteps are 1000 s, and s in (0,1] is drawn in
-    training as the model's own was: logit-normal, shifted.
-    Source: Esser et al. 2024.
-    """
-
-    pipeline_class = "StableDiffusion3Pipeline"
-    text_classes = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-    denoiser_name, denoiser_class = "transformer", SD3Transformer2DModel
-    scheduler_class = FlowMatchEulerDiscreteScheduler
-
-    def __init__(
-        self,
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-        text_encoders: Sequence[PreTrainedModel],
-        denoiser: SD3Transformer2DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        vae: AutoencoderKL,
-        t5_length: int = T5_LENGTH,
-    ) -> None:
-        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
-        _require_one_vocabulary(*tokenizers[:2])
-        if scheduler.config.use_dynamic_shifting:
-            raise ValueError("the scheduler shifts its timesteps with the picture's size, which is not supported")
-        self.t5_length = t5_length
-
-    def encode_prompt(self, prompt: ComposedPrompt) -> Conditioning:
-        """CLIP's states, then T5's, and what both CLIPs pool; gradients reach `prompt.vectors`."""
-        *for_clip, for_t5 = self.split_vectors(prompt)
-        clips = [self._read_clip(i, prompt, vectors) for i, vectors in enumerate(for_clip)]
-        again = recompose(prompt, self.tokenizer, self.tokenizers[2], self.t5_length)
-        t5_states = read_words(self.text_encoders[2], again.input_ids, again.slots, for_t5).last_hidden_state
-        clip_states = torch.cat([clip.hidden_states[-2] for clip in clips], -1)  # (B,77,D_1+D_2)
-        clip_states = F.pad(clip_states, (0, t5_states.shape[-1] - clip_states.shape[-1]))
-        pooled = torch.cat([clip.text_embeds for clip in clips], -1)
-        return Conditioning(torch.cat([clip_states, t5_states], 1), pooled)
-
-    def denoise(
-        self, noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning, denoiser: nn.Module | None = None
-    ) -> Tensor:
-        """The raw prediction (B,C,h,w); timesteps float (B,) in (0,1000]."""
-        network = self.denoiser if denoiser is None else denoiser
-        return network(
-            noisy_latents,
-            encoder_hidden_states=condition.prompt_embeds,
-            pooled_projections=condition.pooled,
-            timestep=timesteps,
-            return_dict=False,
-        )[0]
-
-    @property
-    def prediction_type(self) -> str:
-        return "flow"
-
-    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Timesteps float (B,) to train at, on the generator's device."""
-        level = torch.randn(batch_size, generator=generator, device=generator.device).sigmoid()
-        shift = self.scheduler.config.shift
-        return self.scheduler.config.num_train_timesteps * shift * level / (1 + (shift - 1) * level)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """noisy_latents (B,C,h,w) at timesteps float (B,)."""
-        sigmas = self._sigmas(timesteps)[:, None, None, None]
-        return (1 - sigmas) * latents + sigmas * noise
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Ratio of the variances of signal and noise at these timesteps, in their shape."""
-        sigmas = self._sigmas(timesteps)
-        return ((1 - sigmas) / sigmas) ** 2
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The flow's velocity, the same at all timesteps: noise - x0."""
-        return noise - latents
-
-    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The x0 (B,C,h,w) that a prediction at `timestep` (0-d) implies: the cheap preview."""
-        return noisy_latents - self._sigmas(timestep).to(noisy_latents) * prediction
-
-    def _sigmas(self, timesteps: Tensor) -> Tensor:
-        return timesteps / self.scheduler.config.num_train_timesteps
-
-
 def _numbered(name: str, count: int) -> list[str]:
     """diffusers' folders of several parts of a kind: name, name_2, name_3."""
     return [name, *(f"{name}_{i}" for i in range(2, count + 1))]
 
 
-def _require_one_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+def require_one_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError unless both tokenizers read the same ids."""
     if first.get_vocab() != second.get_vocab():
         raise ValueError("the two CLIP tokenizers have different vocabularies; one prompt has to serve both")
 
 
 def _require_supported(denoiser: nn.Module, vae: AutoencoderKL) -> None:
     settings = denoiser.config
-    if settings.in_channels != settings.out_channels:
+    if settings.out_channels not in (None, settings.in_channels):
         raise ValueError(
             f"the denoiser takes {settings.in_channels} channels and gives {settings.out_channels}; "
             "models that fill in or edit pictures are not supported"

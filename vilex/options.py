@@ -12,7 +12,7 @@ import click
 import torch
 
 from vilex.codes import TEXT_PREFIX
-from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, range_of
+from vilex.config import MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, PolishConfig, range_of
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class Engine:
     model: str | None
     device: str | None
     dtype: str | None
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ def one_sentence() -> Iterator[None]:
         raise Refusal(sentence(error)) from error
 
 
-def setting_option(flag: str, name: str, default: float | None = None) -> Callable:
-    """A click option with the range, help and default of a field of GenerationConfig."""
-    bounds, usual = range_of(GenerationConfig, name), GenerationConfig.__dataclass_fields__[name].default
+def setting_option(
+    flag: str, name: str, default: float | None = None, kind: type[Config] = GenerationConfig
+) -> Callable:
+    """A click option with the range, help and default of a field of a config."""
+    bounds, usual = range_of(kind, name), kind.__dataclass_fields__[name].default
     whole = isinstance(usual, int)
     ends = (bounds.minimum, bounds.maximum)
-    kind = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
-    return click.option(flag, name, type=kind, default=usual if default is None else default, help=bounds.help)
+    number = click.IntRange(*map(int, ends)) if whole else click.FloatRange(*ends)
+    return click.option(flag, name, type=number, default=usual if default is None else default, help=bounds.help)
 
 
 def _stack(*decorators: Callable) -> Callable:
@@ -94,6 +97,9 @@ model_options = _stack(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),
         help="Of the denoiser; else VILEX_DTYPE, else the fastest that is exact enough.",
+    ),
+    click.option(
+        "--offload", is_flag=True, help="Keep weights off the GPU while they are not at work: slower, smaller."
     ),
     click.option("-v", "--verbose", is_flag=True, help="Log what is done to stderr."),
 )
@@ -150,16 +156,19 @@ def shared(command: Callable) -> Callable:
 
     @model_options
     @functools.wraps(command)
-    def wrapped(model: str | None, device: str | None, dtype: str | None, verbose: bool, **values: Any) -> None:
+    def wrapped(
+        model: str | None, device: str | None, dtype: str | None, offload: bool, verbose: bool, **values: Any
+    ) -> None:
         if verbose:
             logging.basicConfig(format="%(name)s: %(message)s")
             logging.getLogger("vilex").setLevel(logging.INFO)
         with one_sentence():
-            if settings := _take(GenerationConfig, values):
-                values["config"] = GenerationConfig(**settings)
+            kind = PolishConfig if "num_steps" in values else GenerationConfig
+            if settings := _take(kind, values):
+                values["config"] = kind(**settings)
             if "raw" in values:
                 values["output"] = Output(**_take(Output, values))
-            command(engine=Engine(model, device, dtype), **values)
+            command(engine=Engine(model, device, dtype, offload), **values)
 
     return wrapped
 

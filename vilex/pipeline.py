@@ -1,8 +1,7 @@
 """From a picture to pictures: encode, compose, sample, decode."""
 
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +11,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilex.checkpoint import find_weights, weights_name
+from vilex.checkpoint import find_weights, hub_id, weights_name
 from vilex.codes import fingerprint
-from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
+from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig, PolishConfig
+from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
-from vilex.prompt import ComposedPrompt, compose, embedding_module, has_words, words_removed
+from vilex.polish import PolishStep, polish_steps, spell
+from vilex.prompt import ComposedPrompt, compose, embedding_module, has_words, special_tokens, words_removed
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
+from vilex.t2i import INDEX_NAME
 from vilex.words import Reading, nearest_words, weigh, word_distance
 
 Fit = Literal["crop", "pad"]
+OnPolish = Callable[[int, int, float], None]
 Word = Image.Image | Tensor  # a picture, or its ViLex tokens (N,D)
 
 
@@ -42,16 +45,17 @@ class Generation:
 class VilexPipeline:
     """A frozen text-to-image model and the encoder that writes pictures as its words.
 
+    Without an encoder (vilex is None) it draws from words and from tokens, which `polish` finds for a picture.
     Calls from several threads are safe; the text encoder takes them in turn.
     """
 
-    def __init__(self, t2i: TextToImage, vilex: ViLex, name: str = "") -> None:
-        if vilex.pooler.config.text_width != t2i.text_width:
+    def __init__(self, t2i: TextToImage, vilex: ViLex | None = None, name: str = "") -> None:
+        if vilex is not None and vilex.pooler.config.text_width != t2i.text_width:
             raise ValueError(
                 f"the text-to-image model expects tokens of width {t2i.text_width}, "
                 f"the pooler gives {vilex.pooler.config.num_queries} x {vilex.pooler.config.text_width}"
             )
-        self.t2i, self.vilex, self.name = t2i, vilex.eval().requires_grad_(False), name
+        self.t2i, self.vilex, self.name = t2i, vilex and vilex.eval().requires_grad_(False), name
 
     @classmethod
     def from_pretrained(
@@ -61,31 +65,53 @@ class VilexPipeline:
         device: str | None = None,
         dtype: str | None = None,
         text_encoder: str | None = None,
+        offload: bool = False,
     ) -> Self:
         """A pipeline from a folder, a name in assets/weights or a hub id; the default weights without one.
 
+        A text-to-image model alone, in diffusers layout, gives a pipeline without an encoder. offload: keep weights in
+        the CPU's memory while they are not at work, which saves the device's and costs time.
         Raises ValueError with one sentence when there are none or they do not fit.
         """
-        folder = Path(find_weights(model))
-        pipeline = cls(load_t2i(folder / "t2i", text_encoder), load_vilex(folder), weights_name(folder))
         device = pick_device(device)
-        return pipeline.to(device, pick_dtype(dtype, device))
+        number_format = pick_dtype(dtype, device)
+        if offload:
+            require_offload(device)
+        folder = Path(find_weights(model))
+        is_bare = (folder / INDEX_NAME).is_file()
+        source = (hub_id(folder) or folder) if is_bare else folder / "t2i"
+        t2i = load_t2i(source, text_encoder, number_format)
+        pipeline = cls(t2i, None if is_bare else load_vilex(folder), weights_name(folder))
+        return pipeline.to(device, number_format, offload)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes encoder and pooler, and the text-to-image model under t2i/, as fp16 safetensors and JSON."""
+        """Writes encoder and pooler, and the text-to-image model under t2i/, as fp16 safetensors and JSON.
+
+        Without an encoder the folder is the text-to-image model's.
+        """
+        if self.vilex is None:
+            self.t2i.save_pretrained(Path(folder))
+            return
         self.vilex.save_pretrained(Path(folder))
         self.t2i.save_pretrained(Path(folder) / "t2i")
 
-    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
-        """The same pipeline on a device; `dtype` is the denoiser's, kept without it, and all else stays in fp32."""
-        self.vilex.to(device)
-        self.t2i.to(device)
-        torch.nn.Module.to(self.t2i.denoiser, dtype=dtype or self.dtype, memory_format=torch.channels_last)
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None, offload: bool = False) -> Self:
+        """The same pipeline on a device, its text-to-image model in `dtype` where that is safe, by default as it is.
+
+        The encoder stays in fp32. offload: as in `from_pretrained`; it cannot be undone.
+        """
+        if self.vilex is not None:
+            self.vilex.to(device)
+        self.t2i.cast(dtype or self.dtype)
+        if offload:
+            self.t2i.offload(torch.device(device))
+        else:
+            self.t2i.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
-        return self.t2i.denoiser.device
+        return self.t2i.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,27 +119,93 @@ class VilexPipeline:
 
     @cached_property
     def fingerprint(self) -> str:
-        """12 hexadecimal digits that tie `.vilex` files to these weights."""
-        return fingerprint(self.vilex)
+        """12 hexadecimal digits that tie `.vilex` files to these weights; without an encoder, to the space of words."""
+        if self.vilex is not None:
+            return fingerprint(self.vilex)
+        signs = torch.nn.Module()  # which are the same in every dtype
+        for i, encoder in enumerate(self.t2i.text_encoders):
+            signs.register_buffer(str(i), embedding_module(encoder).weight.signbit())
+        return fingerprint(signs)
+
+    @property
+    def encoder(self) -> ViLex:
+        """Encoder and pooler. Raises ValueError, with what to do, when the model has none."""
+        if self.vilex is None:
+            raise ValueError(
+                f"{self.name or 'this model'} has no ViLex weights to read pictures with: train them with python -m "
+                "train.train_vilex --t2i FOLDER, or polish the picture into a .vilex file (vilex polish PHOTO; in the "
+                "app: Polish picture A)"
+            )
+        return self.vilex
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a picture."""
+        if self.vilex is not None:
+            return self.vilex.pooler.config.num_queries
+        special = special_tokens(self.t2i.tokenizer)
+        return min(MAX_TOKENS, self.t2i.config.context_length - len(special.prefix) - len(special.suffix))
+
+    @property
+    def seen_size(self) -> int:
+        """Side in pixels of what is seen of a picture: by the encoder, or by the model itself without one."""
+        return self.t2i.image_size if self.vilex is None else self.vilex.encoder.image_size
 
     @torch.no_grad()
     def encode(
         self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop"
     ) -> Tensor:
-        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has."""
-        num_tokens = min(num_tokens, self.vilex.pooler.config.num_queries)
+        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has.
+
+        Raises ValueError when the model has no encoder.
+        """
         images = [images] if isinstance(images, Image.Image) else list(images)
-        return self.vilex(self._pixels(images, fit), num_tokens)
+        return self.encoder(self._pixels(images, fit), min(num_tokens, self.max_tokens))
+
+    def polish(
+        self,
+        image: Image.Image,
+        num_tokens: int = MAX_TOKENS,
+        steps: int = PolishConfig.num_steps,
+        seed: int = 0,
+        on_step: OnPolish | None = None,
+        *,
+        words: str = "",
+        fit: Fit = "crop",
+    ) -> Tensor:
+        """vilex_tokens (N,D), float32, of one picture, improved by gradient steps; the same seed gives the same.
+
+        words: start from them, instead of the encoder's tokens. on_step(step, steps, loss) is called after each step.
+        Raises ValueError for a setting out of range and FloatingPointError when the loss is not finite.
+        """
+        config = PolishConfig(num_tokens, steps, seed)
+        for step in self.polish_stream(image, config, words=words, fit=fit):
+            if on_step is not None:
+                on_step(step.index, step.num_steps, step.loss)
+        return step.vilex_tokens
+
+    def polish_stream(
+        self, image: Image.Image, config: PolishConfig, *, words: str = "", fit: Fit = "crop"
+    ) -> Iterator[PolishStep]:
+        """The steps of `polish`; closing the iterator stops within one."""
+        num_tokens, size = min(config.num_tokens, self.max_tokens), self.t2i.image_size
+        if words or self.vilex is None:
+            start = spell(self.t2i, words, num_tokens)
+        else:
+            start = self.encode(image, num_tokens, fit)[0]
+        pixels = to_pixels([fit_image(image, size, fit)]).to(self.device)  # (1,3,H,W)
+        return polish_steps(self.t2i, pixels, start, config)
 
     @torch.no_grad()
     def attention(self, image: Image.Image, fit: Fit = "crop") -> Tensor:
         """Where on the picture each token's query looked, (N,h,w) over the encoder's patches; each map sums to 1.
 
         Of the pooler's last block, mean over heads. The map covers what the encoder sees (`fit_image`), and a tower's
-        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no square.
+        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no square, or
+        there is no encoder.
         """
-        patch_tokens = self.vilex.encoder(self._pixels([image], fit))  # (1,P,D_vit)
-        maps = self.vilex.pooler.attention_maps(patch_tokens)[0]  # (N,P)
+        patch_tokens = self.encoder.encoder(self._pixels([image], fit))  # (1,P,D_vit)
+        maps = self.encoder.pooler.attention_maps(patch_tokens)[0]  # (N,P)
         side = math.isqrt(maps.shape[1])
         if side**2 != maps.shape[1]:
             raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
@@ -135,15 +227,14 @@ class VilexPipeline:
 
         With several text encoders the first one's words count, and its columns of the tokens.
         """
-        table, tokenizer = embedding_module(self.t2i.text_encoder).weight, self.t2i.tokenizer
+        table, tokenizer = embedding_module(self.t2i.text_encoder).weight.float(), self.t2i.tokenizer
         tokens = vilex_tokens[:, : self.t2i.text_widths[0]]
         nearest = nearest_words(tokens, table, tokenizer, count)
         distances = word_distance(tokens, table, tokenizer).tolist()
         return [Reading(tuple(words), distance) for words, distance in zip(nearest, distances, strict=True)]
 
     def _pixels(self, images: Sequence[Image.Image], fit: Fit) -> Tensor:
-        size = self.vilex.encoder.image_size
-        return to_pixels([fit_image(image, size, fit) for image in images]).to(self.device)  # (B,3,H,W)
+        return to_pixels([fit_image(image, self.seen_size, fit) for image in images]).to(self.device)  # (B,3,H,W)
 
     def compose(
         self,
@@ -218,9 +309,7 @@ class VilexPipeline:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """latents (B,C,h,w) as pictures."""
-        if self.t2i.vae is not None:
-            latents = latents.to(self.t2i.vae.dtype)
-        return to_images(self.t2i.decode(latents).float().cpu())
+        return to_images(self.t2i.decode(latents).cpu())
 
     def note(self, prompt: str, images: Sequence[Word], config: GenerationConfig, names: Sequence[str] = ()) -> str:
         """One sentence on what was cut or has no effect, empty when all is well."""
@@ -261,34 +350,3 @@ class VilexPipeline:
 
     def _condition(self, text: str, words: Sequence[Tensor]) -> Conditioning:
         return self.t2i.encode_prompt(compose(text, words, self.t2i.tokenizer, self.t2i.config.context_length))
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name, else VILEX_DEVICE, else cuda, mps or cpu, the first there is."""
-    name = name or os.environ.get("VILEX_DEVICE")
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not available here; cpu always is") from error
-    return device
-
-
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The denoiser's dtype of that name, else VILEX_DTYPE, else the fastest that is exact enough on the device."""
-    name = name or os.environ.get("VILEX_DTYPE") or _default_dtype(device)
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise ValueError(f"dtype must be one of {', '.join(known)}, got {name!r}")
-    if name == "float16" and device.type == "cpu":
-        raise ValueError("dtype float16 is for GPUs; on a CPU use float32 or bfloat16")
-    return known[name]
-
-
-def _default_dtype(device: torch.device) -> str:
-    if device.type == "cuda":
-        return "float16"
-    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False) if device.type == "cpu" else False
-    return "bfloat16" if has_bf16 else "float32"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage
+from vilex.flow import FlowModel
 from vilex.guidance import BranchWeights, branch_weights, guide, outside_interval
 
 OnStep = Callable[[int, int, Tensor], None]
@@ -88,8 +89,10 @@ def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> Sc
     if name == "euler" and t2i.embedded:
         raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
     base = {k: v for k, v in t2i.scheduler.config.items() if not k.startswith("_")}
-    if t2i.prediction_type == "flow":
-        return _flow_scheduler(name, base, num_inference_steps)
+    if isinstance(t2i, FlowModel):
+        # A model's size is fixed, and with it what its scheduler shifts dynamically
+        base |= {"use_dynamic_shifting": False, "shift": t2i.shift}
+        return _flow_scheduler(name, t2i, base, num_inference_steps)
     shared = base | {"timestep_spacing": "trailing"}
     if name == "euler":
         scheduler = EulerDiscreteScheduler.from_config(shared)
@@ -106,10 +109,10 @@ def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> Sc
     return scheduler
 
 
-def _flow_scheduler(name: str, base: dict[str, Any], num_inference_steps: int) -> SchedulerMixin:
+def _flow_scheduler(name: str, t2i: FlowModel, base: dict[str, Any], num_inference_steps: int) -> SchedulerMixin:
     if name != "dpm++":  # along a flow DDIM is Euler's method
         scheduler = FlowEuler.from_config(base, stochastic_sampling=False)
-        scheduler.set_timesteps(num_inference_steps)
+        scheduler.set_timesteps(num_inference_steps, sigmas=t2i.euler_sigmas(num_inference_steps))
         return scheduler
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=base["num_train_timesteps"],
@@ -152,7 +155,8 @@ def sample_steps(
     Raises FloatingPointError when the model's output is not finite.
     """
     seeds = seeds or [config.seed + i for i in range(config.num_images)]
-    like = next(t2i.denoiser.parameters())  # the denoiser's own `dtype` and `device` search all its parameters
+    # the denoiser's own `dtype` searches all its parameters
+    like = torch.empty(0, device=t2i.device, dtype=next(t2i.denoiser.parameters()).dtype)
     scheduler = build_scheduler(config.scheduler, t2i, config.num_inference_steps)
     conditions = conditions.expand(len(seeds))
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]

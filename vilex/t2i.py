@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers.hooks import apply_group_offloading
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -80,6 +82,7 @@ class TextToImage(nn.Module, ABC):
         super().__init__()
         self.config, self.tokenizers, self.scheduler = config, tuple(tokenizers), scheduler
         self.text_encoders, self.denoiser, self.vae = nn.ModuleList(text_encoders), denoiser, vae
+        self.is_offloaded = False
         self.requires_grad_(False).eval()
 
     @property
@@ -96,6 +99,28 @@ class TextToImage(nn.Module, ABC):
     def embedded(self) -> bool:
         """Whether this is our own pixel-space model."""
         return self.vae is None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, which with offloading is not where its weights are."""
+        return get_module_execution_device(self.denoiser)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Has it compute in a dtype, as far as that is safe; here the denoiser alone."""
+        nn.Module.to(self.denoiser, dtype=dtype, memory_format=torch.channels_last)
+
+    def offload(self, device: torch.device) -> None:
+        """Keeps the weights in the CPU's memory and brings each layer to the device only while it computes.
+
+        Gradients cannot pass, since layers are gone when they come back. diffusers' offloading of whole networks is
+        no choice here: a network that starts sends another away, which may be at work in another thread.
+        """
+        for network in (*self.text_encoders, self.denoiser, self.vae):
+            if network is not None:
+                apply_group_offloading(network, device, torch.device("cpu"), offload_type="leaf_level")
+        for name, buffer in self.named_buffers(recurse=False):
+            setattr(self, name, buffer.to(device))
+        self.is_offloaded = True
 
     @property
     def text_widths(self) -> list[int]:
@@ -176,13 +201,13 @@ class TextToImage(nn.Module, ABC):
 
     def word_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, each (D,), of the word embeddings that ViLex tokens stand among."""
-        tables = [embedding_module(encoder).weight for encoder in self.text_encoders]
+        tables = [embedding_module(encoder).weight.float() for encoder in self.text_encoders]
         return torch.cat([table.mean(0) for table in tables]), torch.cat([table.std(0) for table in tables])
 
     def split_vectors(self, prompt: ComposedPrompt) -> list[Tensor]:
         """Each text encoder's columns of the prompt's ViLex tokens, (S,D_i)."""
         vectors = torch.empty(0, self.text_width) if prompt.vectors is None else prompt.vectors
-        return list(vectors.to(self.text_encoder.device).split(self.text_widths, dim=-1))
+        return list(vectors.to(get_module_execution_device(self.text_encoder)).split(self.text_widths, dim=-1))
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes the diffusers layout; the embedded model's text encoder is named, not copied.
@@ -216,7 +241,7 @@ def read_words(
     text_encoder: PreTrainedModel, input_ids: Tensor, slots: Tensor, vectors: Tensor, **options: Any
 ) -> ModelOutput:
     """What a text encoder makes of ids int64 (B,L) with `vectors` (S,D) at slots bool (B,L)."""
-    device = text_encoder.device
+    device = get_module_execution_device(text_encoder)
     # Words alone take the override's lock too, or they would read the vectors of another thread
     with override_embeddings(text_encoder, slots.to(device), vectors):
         return text_encoder(input_ids.to(device), **options)

@@ -1,4 +1,4 @@
-"""The diffusion loss of both trainers, and the noise it is measured with."""
+"""The diffusion loss of both trainers and of Polish, and the noise it is measured with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,12 +45,13 @@ def diffusion_loss(
 ) -> Tensor:
     """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped.
 
-    latents (B,C,h,w) and their condition serve each draw when the noise holds several, one after the other.
+    latents (B,C,h,w) and their condition serve each draw when the noise holds several, one after the other. The
+    denoiser reads noisy latents in the dtype of the condition.
     """
     draws = len(noise.timesteps) // len(latents)
     latents = latents.repeat(draws, 1, 1, 1)
     condition = Conditioning.concatenate([condition] * draws)
-    noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps)
+    noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps).to(condition.prompt_embeds)
     prediction = t2i.denoise(noisy_latents, noise.timesteps, condition, denoiser)
     target = t2i.target(latents, noise.values, noise.timesteps)
     errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)

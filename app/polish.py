@@ -1,0 +1,59 @@
+"""Polish: picture A's tokens improved for this one picture, which its card then holds as a word."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from app.cards import open_upload, pack, stem, take_cards
+from app.engine import Waiting
+from app.handlers import Handlers
+from app.messages import Clock, duration, finished, in_words, waiting
+from app.studio import Studio
+from app.workbench import read_whole
+from vilex.codes import VilexCode
+from vilex.config import PolishConfig, range_of
+
+MAX_STEPS = 200  # of the slider; clients of the API may ask for more
+
+
+def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tuple]:
+    """All tokens of a picture, improved by that many gradient steps on the model's own loss.
+
+    Gives the word that then stands for the picture, as text for the card's code, and a status line.
+    """
+    with in_words():
+        pipeline = handlers.ready()
+        steps = read_whole("polish_steps", polish_steps, range_of(PolishConfig, "num_steps"))
+        card = next(iter(take_cards(values)), None)
+        if card is None or card.picture is None:
+            raise ValueError("Give picture A first: a word without its picture cannot be polished")
+        image, clock = open_upload(card.picture), Clock(steps)
+        with closing(handlers.engine.polish(image, PolishConfig(num_steps=steps), card.fit)) as events:
+            for event in events:
+                if isinstance(event, Waiting):
+                    yield gr.skip(), waiting(event.position, event.seconds, clock)
+                else:
+                    yield gr.skip(), clock.at(event.index + 1, "Polishing")
+        code = VilexCode(event.vilex_tokens, pipeline.fingerprint, stem(card.picture))
+        yield pack(code), finished(f"Polished in {duration(clock.seconds)}: the word stands for picture A now.")
+
+
+def build_polish() -> tuple[gr.Slider, gr.Button]:
+    """How many steps, and the button."""
+    bounds = range_of(PolishConfig, "num_steps")
+    steps = gr.Slider(
+        bounds.minimum, MAX_STEPS, PolishConfig.num_steps, step=1, label="Steps of polishing", elem_id="polish-steps",
+        info="More fit the tokens closer to this one picture, and take longer",
+    )  # fmt: skip
+    return steps, gr.Button("Polish picture A", size="md", elem_id="polish")
+
+
+def wire_polish(studio: Studio, steps: gr.Slider, button: gr.Button) -> None:
+    """The button; what it found comes into card A as a dropped .vilex file does."""
+    first = studio.cards[0]
+    inputs = first.inputs(0) | {"polish_steps": steps}
+    outputs = [first.word, studio.status]
+    studio.compute(button.click, partial(polish, studio.handlers), outputs, inputs, api_name="polish")

@@ -1,0 +1,95 @@
+"""Polish: a picture's tokens, improved for this one picture by gradient steps on the frozen model's own loss.
+
+Textual inversion that starts at the encoder's answer, or at words where there is no encoder.
+Source: Gal et al. 2022 (An Image is Worth One Word); TailDrop, so that every prefix of the tokens gains, is ViLex's.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vilex.config import PolishConfig
+from vilex.loss import Noise, diffusion_loss
+from vilex.prompt import compose, embedding_module, tokenize
+from vilex.t2i import Conditioning, TextToImage
+
+NOISE_DRAWS = 8  # noises of one step, in one call of the denoiser
+LEARNING_RATE = 1.0  # in standard deviations of the word embeddings
+_BETAS = (0.9, 0.99)  # a few dozen steps are too few for Adam's usual memory of 1000
+_POOL = 64  # timesteps drawn for each one that is used
+
+
+@dataclass(frozen=True)
+class PolishStep:
+    """State after one gradient step: vilex_tokens (N,D) fp32, and the loss before it."""
+
+    index: int
+    num_steps: int
+    vilex_tokens: Tensor
+    loss: float
+
+
+@torch.enable_grad()
+def polish_steps(t2i: TextToImage, pixels: Tensor, vilex_tokens: Tensor, config: PolishConfig) -> Iterator[PolishStep]:
+    """Improves vilex_tokens (N,D) for pixels (1,3,H,W) in [-1,1], yielding after each step; the last has the result.
+
+    A function of config.seed; closing it stops within one step. No token becomes longer than the longest was, or than
+    a word is.
+    Raises ValueError for an offloaded model and FloatingPointError when the loss is not finite.
+    """
+    if t2i.is_offloaded:
+        raise ValueError("gradients cannot pass an offloaded model: polish without --offload")
+    generator, like = torch.Generator().manual_seed(config.seed), next(t2i.denoiser.parameters())
+    latents = t2i.encode(pixels).detach()  # (1,C,h,w)
+    # T5's words are a hundred times longer than CLIP's: each column is learnt in units of its own words' spread
+    scale = t2i.word_statistics()[1].to(pixels.device)  # (D,)
+    values = (vilex_tokens.detach().to(scale) / scale).requires_grad_()  # (N,D)
+    longest = max(values.detach().norm(dim=1).max().item(), len(scale) ** 0.5)  # the latter is a word's
+    optimizer = torch.optim.Adam([values], lr=LEARNING_RATE, betas=_BETAS)
+    lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
+    scaler = torch.amp.GradScaler(pixels.device.type, enabled=like.dtype == torch.float16)
+    for index in range(config.num_steps):
+        kept = _count(index, len(values), generator)
+        condition = _read(t2i, values[:kept] * scale).to(like.device, like.dtype)
+        loss = diffusion_loss(t2i, t2i.denoiser, latents, condition, _draw_noise(t2i, generator, pixels.device))
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is not finite at step {index + 1}; try dtype float32")
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        lr_schedule.step()
+        values.data.renorm_(2, 0, longest)
+        yield PolishStep(index, config.num_steps, values.detach() * scale, loss.item())
+
+
+def _count(index: int, num_tokens: int, generator: torch.Generator) -> int:
+    """TailDrop: all tokens in every other step, else a prefix, whose length's logarithm is uniform."""
+    share = torch.rand((), generator=generator).item()
+    return num_tokens if index % 2 == 0 else round(num_tokens**share)
+
+
+def _read(t2i: TextToImage, vilex_tokens: Tensor) -> Conditioning:
+    return t2i.encode_prompt(compose("", [vilex_tokens], t2i.tokenizer, t2i.config.context_length))
+
+
+def _draw_noise(t2i: TextToImage, generator: torch.Generator, device: torch.device) -> Noise:
+    """Noises of one step. Their timesteps are the model's own, one out of each equal share of them."""
+    pool = t2i.draw_timesteps(NOISE_DRAWS * _POOL, generator).sort().values.view(NOISE_DRAWS, _POOL)
+    picked = torch.randint(_POOL, (NOISE_DRAWS, 1), generator=generator)
+    values = torch.randn(NOISE_DRAWS, *t2i.latent_shape, generator=generator)
+    return Noise(values.to(device), pool.gather(1, picked)[:, 0].to(device))
+
+
+@torch.no_grad()
+def spell(t2i: TextToImage, words: str, num_tokens: int) -> Tensor:
+    """vilex_tokens (num_tokens,D) that say these words, as far as they fit; the rest are the average word."""
+    return torch.cat([_spelled(t2i, i, words, num_tokens) for i in range(len(t2i.text_encoders))], 1)
+
+
+def _spelled(t2i: TextToImage, index: int, words: str, num_tokens: int) -> Tensor:
+    table = embedding_module(t2i.text_encoders[index]).weight.float()  # (V,D_i)
+    ids = tokenize(t2i.tokenizers[index], words).input_ids[:num_tokens]
+    return torch.cat([table[ids], table.mean(0).expand(num_tokens - len(ids), -1)])
