@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import matplotlib.pyplot as plt
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from train.batches import tabulate
 from train.captions import dense_caption
-from train.data import Pictures, load_pictures, sha256
+from train.data import Pictures, Record, load_pictures, sha256
 from train.measures import (
     extract_features,
     frechet_distance,
@@ -52,6 +53,25 @@ class Arm:
 
     name: str
     samples: Tensor
+
+
+class Classes(NamedTuple):
+    """Which of some pictures, and which of a gallery, have a class that the gallery shows; and what it is, int64."""
+
+    asked: list[int]
+    labels: Tensor
+    known: list[int]
+    known_labels: Tensor
+
+
+def match_classes(records: Sequence[Record], gallery: Sequence[Record]) -> Classes:
+    """Numbers for the labels of LABEL_SOURCES in a gallery, and the pictures whose label is among them."""
+    names = sorted({r.label for r in gallery if r.source in LABEL_SOURCES})
+    number = {name: i for i, name in enumerate(names)}
+    known = [i for i, r in enumerate(gallery) if r.source in LABEL_SOURCES]
+    asked = [i for i, r in enumerate(records) if r.source in LABEL_SOURCES and r.label in number]
+    labels = torch.tensor([number[records[i].label] for i in asked])
+    return Classes(asked, labels, known, torch.tensor([number[gallery[i].label] for i in known]))
 
 
 def parse_arms(arms: str) -> list[str]:
@@ -170,16 +190,11 @@ class Judge:
         """k-NN accuracy of the labels the samples were asked to show, judged by training pictures."""
         if self.gallery is None:
             return {}
-        names = sorted({r.label for r in self.gallery.records if r.source in LABEL_SOURCES})
-        number = {name: i for i, name in enumerate(names)}
-        known = [i for i, r in enumerate(self.gallery.records) if r.source in LABEL_SOURCES]
-        asked = [i for i, r in enumerate(self.records) if r.source in LABEL_SOURCES and r.label in number]
-        if len(known) < 10 or not asked:
+        classes = match_classes(self.records, self.gallery.records)
+        if len(classes.known) < 10 or not classes.asked:
             return {}
-        labels = torch.tensor([number[self.records[i].label] for i in asked])
-        gallery_labels = torch.tensor([number[self.gallery.records[i].label] for i in known])
-        gallery = self.gallery_features[net.key][known]
-        return {"class_accuracy": knn_accuracy(features[asked], labels, gallery, gallery_labels)}
+        gallery = self.gallery_features[net.key][classes.known]
+        return {"class_accuracy": knn_accuracy(features[classes.asked], classes.labels, gallery, classes.known_labels)}
 
     @torch.no_grad()
     def _lpips(self, samples: Tensor) -> float:

@@ -4,9 +4,11 @@ None of the distances compare with published FID, which needs the Inception net:
 beside every number.
 """
 
+from math import comb
+
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -16,6 +18,8 @@ from train.nets import Extractor
 from vilex.images import from_levels, to_levels
 
 CHUNK = 1024  # rows of a kernel matrix held at once
+RECALL_RANKS = (1, 5, 10)
+RIDGE_PENALTIES = tuple(10.0**i for i in range(1, 7))  # scikit-learn takes the best by leaving out one
 
 
 @torch.no_grad()
@@ -134,6 +138,31 @@ def linear_probe(
     model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
     model.fit(gallery.numpy(), gallery_labels.numpy())
     return float(model.score(features.numpy(), labels.numpy()))
+
+
+def caption_recall(
+    features: Tensor, captions: Tensor, owners: Tensor, gallery: Tensor, gallery_captions: Tensor
+) -> dict[int, float]:
+    """Share of features (S,F) with a caption of theirs among the 1, 5 and 10 nearest of captions (M,E).
+
+    Ridge regression from gallery features (T,F) to gallery_captions (T,E) says where a picture's captions should be,
+    and cosines to all captions from there, about the gallery's mean, rank them. owners: int64 (M,), whose each is.
+    """
+    mean = gallery_captions.mean(0)
+    model = make_pipeline(StandardScaler(), RidgeCV(RIDGE_PENALTIES))
+    model.fit(gallery.numpy(), (gallery_captions - mean).numpy())
+    guesses = torch.from_numpy(model.predict(features.numpy())).to(captions)  # (S,E)
+    cosines = F.normalize(guesses) @ F.normalize(captions - mean).T  # (S,M)
+    ranked = owners[cosines.argsort(1, descending=True)]  # (S,M)
+    ranks = (ranked == torch.arange(len(features))[:, None]).int().argmax(1)  # of the first caption of its own
+    return {k: (ranks < k).float().mean().item() for k in RECALL_RANKS}
+
+
+def chance_recall(owners: Tensor) -> dict[int, float]:
+    """The recall that captions in random order reach."""
+    total, counts = len(owners), torch.bincount(owners).tolist()
+    missed = {k: [comb(total - n, k) / comb(total, k) for n in counts] for k in RECALL_RANKS}
+    return {k: 1 - sum(misses) / len(misses) for k, misses in missed.items()}
 
 
 def grid_colour_error(pixels: Tensor, reference: Tensor, cells: int) -> float:

@@ -89,6 +89,15 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
+def require_even_shares(batch_size: int, accelerator: Accelerator) -> None:
+    """Raises ValueError unless a step's pictures can be shared out evenly among processes and micro-batches."""
+    accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+    if batch_size % (accumulate * processes):
+        raise ValueError(
+            f"batch_size {batch_size} is not a multiple of accumulate x processes ({accumulate} x {processes})"
+        )
+
+
 def override(config: TrainConfig, overrides: dict[str, float | None]) -> TrainConfig:
     """The preset's settings with those given on the command line. Raises ValueError when one is out of range."""
     return replace(config, **{k: v for k, v in overrides.items() if v is not None})
@@ -131,11 +140,7 @@ class TrainingRun(ABC):
             gradient_accumulation_steps=options.accumulate,
             cpu=not torch.cuda.is_available(),
         )
-        if config.batch_size % (options.accumulate * self.accelerator.num_processes):
-            raise ValueError(
-                f"batch_size {config.batch_size} is not a multiple of accumulate x processes "
-                f"({options.accumulate} x {self.accelerator.num_processes})"
-            )
+        require_even_shares(config.batch_size, self.accelerator)
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
         self.weights = source_weights(pictures.records, preset.source_weights)

@@ -4,14 +4,14 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vilex.images import SUFFIXES
 
-_CAPTION_COLUMNS = ("captions", "caption", "text")
-_WORD_COLUMNS = ("source", "label", "style", "artist", "genre", "title")
+_CAPTION_COLUMNS = ("captions", "caption", "text", "answers", "answer")
+_WORD_COLUMNS = ("source", "label", "style", "artist", "genre", "title", "question")
 _ROWS = 2048  # of a table, read together: bounds the encoded bytes held in memory
 
 
@@ -30,6 +30,7 @@ class Record:
     title: str = ""
     year: int | None = None
     bbox: tuple[int, ...] = ()
+    question: str = field(default="", repr=False)  # out of the fingerprint of data, which older runs hold
 
 
 class Entry(NamedTuple):
