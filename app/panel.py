@@ -44,6 +44,8 @@ class Panel:
     embed: gr.Checkbox
     keep: gr.Button
     kept: list[Component]
+    link: gr.Button
+    linked: list[Component]
 
 
 def build_panel(handlers: Handlers, steps: int) -> Panel:
@@ -69,10 +71,11 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
     with gr.Column(elem_id="settings"):
         more, lock, dice, view, embed = _build_settings(handlers, steps)
         keep, kept = _build_keeping()
+        link, linked = _build_linking()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
         cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
-        keep, kept,
+        keep, kept, link, linked,
     )  # fmt: skip
 
 
@@ -155,6 +158,18 @@ def _build_keeping() -> tuple[gr.Button, list[Component]]:
             label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code"
         )
     return keep, [word, code]
+
+
+def _build_linking() -> tuple[gr.Button, list[Component]]:
+    with gr.Accordion("Link to this page", open=False, elem_id="linking"):
+        gr.Markdown(
+            "A link holds prompt, settings, seed and the first tokens of each picture, as many as fit into 8 kB, "
+            "behind the # of the address, where no server's log sees them. Who has it has the pictures' content."
+        )
+        link = gr.Button("Copy a link to this page", size="md", elem_id="link")
+        address = gr.Textbox(label="The link", interactive=False, buttons=["copy"], lines=2, max_lines=3)
+        note = gr.HTML("", label="What the link holds", elem_id="link-note")
+    return link, [address, note]
 
 
 def slider(

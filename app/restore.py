@@ -14,7 +14,8 @@ from gradio.utils import get_upload_folder
 from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack
 from app.handlers import Handlers, Look, text_of
 from app.ladder import rung_name
-from app.messages import finished, in_words
+from app.link import from_link
+from app.messages import finished, in_words, sentence
 from app.panel import Panel
 from app.studio import Studio
 from vilex.codes import load_code
@@ -131,13 +132,28 @@ def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
         return page.fill(from_recipe(page.handlers, recipe, cleared))
 
 
-def remember(page: Page, saved: object) -> tuple:
-    """What the browser remembers of this page, as far as it still holds; nothing of it is taken on trust."""
+def remember(page: Page, saved: object, link: object = "") -> tuple:
+    """What the browser remembers of this page, as far as it still holds, under what the link holds that opened it.
+
+    Nothing of either is taken on trust.
+    """
+    values: Values = {}
     try:
-        return page.fill(_remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {})
+        values = _remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {}
     except (gr.Error, ValueError, TypeError, KeyError, AttributeError) as error:  # of another version, or tampered with
         _log.info("a page begins afresh: %s: %s", type(error).__name__, error)
-        return page.fill({})
+    return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
+
+
+def _linked(handlers: Handlers, link: str) -> Values:
+    try:
+        values = from_recipe(handlers, from_link(link))
+        handlers.read_cards(dict(values))  # as a request would: codes of another model are refused here
+    except ValueError as error:
+        text = f"This link cannot be opened: {error}"
+        gr.Warning(sentence(text).message, title="That did not work")
+        return {"status": finished(text)}
+    return values
 
 
 def _remembered(handlers: Handlers, saved: Values) -> Values:

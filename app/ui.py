@@ -17,6 +17,7 @@ from app.handlers import Handlers
 from app.history import build_history, wire_history
 from app.inspector import build_inspector
 from app.ladder import build_ladder
+from app.link import wire_link
 from app.messages import duration
 from app.panel import Panel, build_panel
 from app.pictures import RANDOM_SEED, build_gallery, build_pictures
@@ -140,6 +141,7 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
     studio.compute(
         panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode",
     )  # fmt: skip
+    wire_link(studio, panel)
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     gr.on(
