@@ -48,6 +48,7 @@ from vilex.options import (
     weight_option,
 )
 from vilex.recipe import build_recipe, differences
+from vilex.similar import find_similar
 from vilex.words import Reading, blend, graft
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
@@ -63,6 +64,9 @@ def main() -> None:
     (of .vilex files where it holds no pictures). A file that cannot be read is skipped and named on stderr. Exit code:
     0 all done, 1 some skipped or the model failed, 2 wrong input or nothing done.
     """
+
+
+main.add_command(find_similar)
 
 
 @main.command()
