@@ -173,3 +173,17 @@ def test_a_damaged_link_gives_a_sentence_and_the_page_works(page: Page, server: 
     expect(page.get_by_test_id("toast-body")).to_have_count(1)
     open_settings(page)
     assert load_recipe(draw_one(page, "a red boat")).prompt == "a red boat"
+
+
+def test_pictures_are_sorted_by_likeness_to_picture_a(page: Page, tmp_path: Path) -> None:
+    choose(page, CACTUS)
+    (tmp_path / "twin.png").write_bytes(CACTUS.read_bytes())
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="Which pictures are most like picture A?").click()
+    page.locator("#similar-files input[type=file]").set_input_files([tmp_path / "twin.png", SAILBOAT])
+    page.get_by_label("Results of this page").uncheck()
+    page.get_by_role("button", name="Sort by likeness").click()
+    captions = page.locator("#alike .caption-label")
+    expect(captions).to_have_count(7, timeout=SLOW)
+    expect(captions.first).to_have_text(re.compile(r"1.00 · (twin|cactus)"))
+    expect(page.locator("#status")).to_contain_text("Compared 7")
