@@ -60,7 +60,8 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
         )
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="<image>, in the style of Claude Monet", lines=2, max_length=MAX_PROMPT_CHARS,
-        info="<image> or [A] stands for the picture. Leave it empty for variations.", elem_id="prompt",
+        info='<image> or [A] stands for the picture; <image> - "snow" + "sand" moves it. Empty: variations.',
+        elem_id="prompt",
     )  # fmt: skip
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}

@@ -101,6 +101,14 @@ def test_one_placeholder_gives_each_photo_its_picture(folder):
     assert result.exit_code == 0 and names_in("out") == ["cat-mix-seed0.png", "dog-mix-seed0.png"]
 
 
+def test_a_prompt_takes_words_from_a_photo_and_adds_others(folder):
+    for prompt, out in (("<image>", "a"), ('<image> - "red" + "blue"', "b")):
+        assert run("mix", "dog.png", "--prompt", prompt, "--out", out, "--raw", *FAST).exit_code == 0
+    assert (pixels_of("a/dog-mix-seed0.png") != pixels_of("b/dog-mix-seed0.png")).any()
+    assert run("redo", "b/dog-mix-seed0.png", "--photo", "dog.png", "--out", "c", "--raw").exit_code == 0
+    assert (pixels_of("b/dog-mix-seed0.png") == pixels_of("c/dog-mix-seed0-redo.png")).all()
+
+
 @pytest.mark.parametrize("prompt", ["<image> on <image>", "<image:2> on <image:1>"])
 def test_several_placeholders_use_the_photos_together(folder, prompt):
     result = run("mix", "dog.png", "photos/cat.png", "--prompt", prompt, "--tokens", "4", "--out", "out", *FAST)

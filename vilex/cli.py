@@ -138,7 +138,8 @@ def mix(
     In the prompt, <image> stands for the picture: "<image>, in the style of Claude Monet". Without it the picture
     comes first. If the prompt holds more than one, such as "<image> riding <image>" or "<image:2> on <image:1>", or
     names a PHOTO, such as "[corgi] riding [bike]" for corgi.jpg and bike.jpg, all PHOTOs are used together in one
-    prompt; otherwise each PHOTO gets its own picture.
+    prompt; otherwise each PHOTO gets its own picture. <image> - "snow" + "sand" takes words from the picture and adds
+    others.
 
     Written as <stem>-mix-seed<seed>.png, with + between several stems.
     """
