@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
-import torch
 from gradio.components import Component
 from torch import Tensor
 
@@ -16,9 +15,7 @@ from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings, read_whole, recipes_of, side_by_side
 from vilex.codes import VilexCode
 from vilex.config import CUT_RANGE, MAX_PROMPT_CHARS, GenerationConfig, Range, check_range
-from vilex.pipeline import VilexPipeline
-from vilex.prompt import embedding_module, tokenize
-from vilex.words import blend, graft, shift
+from vilex.words import blend, graft
 
 CUTS = (1, 4, 16, 40)  # first tokens of A in a row of grafts
 COUNT_RANGE = Range(3, 9, "Pictures from the first to the second, both included")
@@ -65,7 +62,7 @@ class Blend:
             if not minus and not plus:
                 raise ValueError("Write words to take away or words to add")
             tokens = read_one(self.handlers, values, first).vilex_tokens
-            moved = shift(tokens, mean_word(pipeline, minus), mean_word(pipeline, plus), strength)
+            moved = pipeline.shift(tokens, minus, plus, strength)
             formula = " ".join([first, *([f"- {minus}"] if minus else []), *([f"+ {plus}"] if plus else [])])
             yield from self._draw({first: tokens, formula[:_MAX_CAPTION]: moved}, config, view, embed, "Moving")
 
@@ -95,20 +92,6 @@ class Blend:
         paths = self.handlers.save(images, names, recipes, view)
         status = finished(f"Drawn in {duration(clock.seconds)} with seed {config.seed}. Click a picture to choose it.")
         yield list(zip(paths, words, strict=True)), tuple(each.cpu() for each in tokens), None, status
-
-
-def mean_word(pipeline: VilexPipeline, words: str) -> Tensor | None:
-    """The mean (1,D) of the word embeddings of some words, in every text encoder there is; None without words.
-
-    Raises ValueError for a text without any word piece.
-    """
-    if not words:
-        return None
-    ids = [tokenize(tokenizer, words).input_ids for tokenizer in pipeline.t2i.tokenizers]
-    if not all(ids):
-        raise ValueError(f"there is no word in {words!r:.60}")
-    tables = [embedding_module(encoder).weight for encoder in pipeline.t2i.text_encoders]
-    return torch.cat([table[torch.tensor(i)].mean(0) for table, i in zip(tables, ids, strict=True)])[None]
 
 
 def _grafted(first: Tensor, second: Tensor, cut: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from app.cards import CardInput, unpack
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse, special_tokens, tokenize
+from vilex.prompt import parse, parse_terms, special_tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,11 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
     special = special_tokens(pipeline.t2i.tokenizer)
     capacity = pipeline.t2i.config.context_length - len(special.prefix) - len(special.suffix)
     parts, words_left = [], composed.num_words
+    terms = parse_terms(prompt, len(cards), names)
     for segment in parse(prompt, len(cards), names):
         if isinstance(segment, int):
             label = names[segment] or (f"image {segment + 1}" if len(cards) > 1 else "image")
-            parts.append(Part("image", label, composed.kept[segment], composed.asked[segment]))
+            parts.append(Part("image", f"{label}{terms[segment]}", composed.kept[segment], composed.asked[segment]))
             continue
         for text, asked in _words(pipeline, segment):
             parts.append(Part("word", text, min(asked, words_left), asked))

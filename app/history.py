@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
+from app.link import READ
 from app.messages import in_words
 from app.panel import Panel
 from app.restore import MAX_REMEMBERED, Page, bring_back, open_file, remember
@@ -53,7 +54,7 @@ def wire_history(
             partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
     gr.on([part.change for part in kept], None, kept, memory, js=page.save_js(), **_QUIET)
-    return demo.load(partial(remember, page), memory, page.outputs(), **_QUIET)
+    return demo.load(partial(remember, page), [memory, panel.linked[0]], page.outputs(), js=READ, **_QUIET)
 
 
 def _pick(event: gr.SelectData) -> int:

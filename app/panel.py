@@ -46,6 +46,8 @@ class Panel:
     keep: gr.Button
     kept: list[Component]
     polish: tuple[gr.Slider, gr.Button]
+    link: gr.Button
+    linked: list[Component]
 
 
 def build_panel(handlers: Handlers, steps: int) -> Panel:
@@ -60,7 +62,8 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
         )
     prompt = gr.Textbox(
         "", label="Prompt", placeholder="<image>, in the style of Claude Monet", lines=2, max_length=MAX_PROMPT_CHARS,
-        info="<image> or [A] stands for the picture. Leave it empty for variations.", elem_id="prompt",
+        info='<image> or [A] stands for the picture; <image> - "snow" + "sand" moves it. Empty: variations.',
+        elem_id="prompt",
     )  # fmt: skip
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}
@@ -71,10 +74,11 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
     with gr.Column(elem_id="settings"):
         more, lock, dice, view, embed = _build_settings(handlers, steps)
         keep, kept, polish = _build_keeping()
+        link, linked = _build_linking()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
         cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
-        keep, kept, polish,
+        keep, kept, polish, link, linked,
     )  # fmt: skip
 
 
@@ -158,6 +162,18 @@ def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Bu
         )
         polish = build_polish()
     return keep, [word, code], polish
+
+
+def _build_linking() -> tuple[gr.Button, list[Component]]:
+    with gr.Accordion("Link to this page", open=False, elem_id="linking"):
+        gr.Markdown(
+            "A link holds prompt, settings, seed and the first tokens of each picture, as many as fit into 8 kB, "
+            "behind the # of the address, where no server's log sees them. Who has it has the pictures' content."
+        )
+        link = gr.Button("Copy a link to this page", size="md", elem_id="link")
+        address = gr.Textbox(label="The link", interactive=False, buttons=["copy"], lines=2, max_lines=3)
+        note = gr.HTML("", label="What the link holds", elem_id="link-note")
+    return link, [address, note]
 
 
 def slider(

@@ -13,7 +13,8 @@ from gradio.components import Component
 from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path
 from app.handlers import Handlers, Look, text_of
 from app.ladder import rung_name
-from app.messages import in_words, tell
+from app.link import from_link
+from app.messages import in_words, sentence, tell
 from app.panel import Panel
 from app.studio import Studio
 from vilex.codes import load_code
@@ -58,9 +59,7 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
 
 
 def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
-    """The page's values for drawing that picture again, and a remark that says so.
-
-    Cards in `cleared` and beyond its own lose their pictures.
+    """The page's values for drawing that picture again; cards in `cleared` and beyond its own lose their pictures.
 
     A picture whose tokens the recipe does not carry stays the one in its card.
     """
@@ -70,8 +69,6 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
     for i in range(MAX_CARDS):
         values |= _card_values(i, images[i] if i < len(images) else None, i in cleared)
     shown = [i < max(1, len(images)) for i in range(MAX_CARDS)]
-    missing = [NAMES[i] for i, image in enumerate(images) if not image.code]
-    tell(_told(recipe, missing, handlers))  # not in the status line, which belongs to what is being drawn
     return values | _layout(shown)
 
 
@@ -92,13 +89,15 @@ def _layout(shown: list[bool]) -> Values:
     return panels | {"shown": shown, "add": gr.update(visible=not all(shown))}
 
 
-def _told(recipe: Recipe, missing: list[str], handlers: Handlers) -> str:
+def _tell_restored(recipe: Recipe, handlers: Handlers) -> None:
+    """Says what is back, and not in the status line, which belongs to what is being drawn."""
     text = "The settings are back, the seed is kept."
+    missing = [NAMES[i] for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code]
     if missing:
         which = f"Picture {missing[0]} is" if len(missing) == 1 else f"Pictures {' and '.join(missing)} are"
         text += f" {which} not in the file: what the card holds is used, or drop the picture in."
     other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
-    return f"{text} {other}.".replace(" .", "") if other else text
+    tell(f"{text} {other}.".replace(" .", "") if other else text)
 
 
 def open_file(page: Page, path: str, filled: list[bool]) -> tuple:
@@ -114,7 +113,7 @@ def open_file(page: Page, path: str, filled: list[bool]) -> tuple:
         recipe = load_recipe(path)
         if recipe is None:
             raise ValueError(f"{name} carries no settings; to use it as a picture, drop it on a picture card")
-        return page.fill(from_recipe(page.handlers, recipe))
+        return _restored(page, recipe)
 
 
 def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
@@ -131,16 +130,38 @@ def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
         recipe = load_recipe(upload_path(path))
         if recipe is None:
             raise ValueError(f"{Path(path).name} carries no settings")
-        return page.fill(from_recipe(page.handlers, recipe, cleared))
+        return _restored(page, recipe, cleared)
 
 
-def remember(page: Page, saved: object) -> tuple:
-    """What the browser remembers of this page, as far as it still holds; nothing of it is taken on trust."""
+def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tuple:
+    _tell_restored(recipe, page.handlers)
+    return page.fill(from_recipe(page.handlers, recipe, cleared))
+
+
+def remember(page: Page, saved: object, link: object = "") -> tuple:
+    """What the browser remembers of this page, as far as it still holds, under what the link holds that opened it.
+
+    Nothing of either is taken on trust.
+    """
+    values: Values = {}
     try:
-        return page.fill(_remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {})
+        values = _remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {}
     except (gr.Error, ValueError, TypeError, KeyError, AttributeError) as error:  # of another version, or tampered with
         _log.info("a page begins afresh: %s: %s", type(error).__name__, error)
-        return page.fill({})
+    return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
+
+
+def _linked(handlers: Handlers, link: str) -> Values:
+    try:
+        recipe = from_link(link)
+        values = from_recipe(handlers, recipe)
+        handlers.read_cards(dict(values))  # as a request would: codes of another model are refused here
+    except ValueError as error:
+        text = f"This link cannot be opened: {error}"
+        gr.Warning(sentence(text).message, title="That did not work")
+        return {}
+    _tell_restored(recipe, handlers)
+    return values
 
 
 def _remembered(handlers: Handlers, saved: Values) -> Values:

@@ -17,11 +17,13 @@ from app.handlers import Handlers
 from app.history import build_history, wire_history
 from app.inspector import build_inspector
 from app.ladder import build_ladder
+from app.link import wire_link
 from app.messages import duration
 from app.panel import Panel, build_panel
 from app.pictures import RANDOM_SEED, build_gallery, build_pictures
 from app.polish import wire_polish
 from app.restore import build_page
+from app.similar import build_similar
 from app.sources import announce, arrive, wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
@@ -120,19 +122,23 @@ def _build_results(
                 build(studio)
         with gr.Tab("History", id="history"):
             history = build_history()
+            build_similar(studio, history[0], _example_files())
         with gr.Tab("About", id="about"):
             build_about(studio)
     return studio, [*rungs, studio.gallery], history
 
 
 def _build_examples(panel: Panel) -> gr.Examples:
-    folder = ROOT / "assets" / "examples"
-    pictures = [[str(folder / name)] for name in EXAMPLES]
+    pictures = [[str(path)] for path in _example_files()]
     hidden = {"cache_examples": False, "api_visibility": "private"}
     with gr.Row(elem_id="examples"):
         examples = gr.Examples(pictures, [panel.cards[0].picture], label="Example pictures", **hidden)
         gr.Examples([[text] for text in PROMPTS], [panel.prompt], label="Example prompts", **hidden)
     return examples
+
+
+def _example_files() -> list[Path]:
+    return [ROOT / "assets" / "examples" / name for name in EXAMPLES]
 
 
 def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) -> gr.State:
@@ -142,6 +148,7 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
         panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode",
     )  # fmt: skip
     wire_polish(studio, *panel.polish)
+    wire_link(studio, panel)
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     gr.on(

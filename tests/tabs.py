@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from app import restore
 from app.handlers import Handlers
 from vilex.pipeline import VilexPipeline
 
@@ -39,3 +40,11 @@ def cards(picture: Image.Image, tmp_path: Path) -> dict[str, Any]:
     a, b = ({"path": str(folder / name), "orig_name": name} for name in ("corner.png", "turned.png"))
     settings = {"seed": 5, "num_inference_steps": 3}
     return {"picture": a, "num_tokens": 6, "picture_2": b, "num_tokens_2": 4, "name": "A", "name_2": "B"} | settings
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the page remarks when it brings something back."""
+    remarks: list[str] = []
+    monkeypatch.setattr(restore, "tell", remarks.append)
+    return remarks

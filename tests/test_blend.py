@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from app.blend import CUTS, Blend, mean_word
+from app.blend import CUTS, Blend
 from app.cards import unpack
 from vilex.config import GenerationConfig
 from vilex.recipe import load_recipe
@@ -86,13 +86,6 @@ def test_words_move_every_token_by_their_difference(tab, cards, picture):
     )
     dog, cat = (table[tokenizer.convert_tokens_to_ids(word)] for word in ("dog", "cat"))
     torch.testing.assert_close(words[1] - words[0], (0.5 * (cat - dog)).expand(6, -1))
-
-
-def test_several_words_count_as_their_mean(tab):
-    pipeline = tab.handlers.pipeline
-    both = mean_word(pipeline, "red dog")
-    torch.testing.assert_close(both, (mean_word(pipeline, "red") + mean_word(pipeline, "dog")) / 2)
-    assert both.shape == (1, 8) and mean_word(pipeline, "") is None
 
 
 def test_the_chosen_picture_becomes_the_word_of_a_card_and_draws_the_same(tab, cards):

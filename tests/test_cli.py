@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from vilex import cli, desk
+from vilex import cli, desk, similar
 from vilex.codes import VilexCode, from_text, load_code, save_code, to_text
 from vilex.config import GenerationConfig
 from vilex.pipeline import VilexPipeline
@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch, pipeline, picture) -> Path:
     """The working folder, with dog.png, a folder `photos` of cat.png, dog.jpg and broken.png, and a tiny model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VILEX_OUTPUTS", raising=False)
-    for module in (cli, desk):
+    for module in (cli, desk, similar):
         monkeypatch.setattr(module, "load_pipeline", lambda engine: pipeline)
     monkeypatch.setattr(desk, "build_upsampler", LanczosUpsampler)
     (tmp_path / "photos").mkdir()
@@ -99,6 +99,14 @@ def test_words_without_letters_name_a_picture_too(folder):
 def test_one_placeholder_gives_each_photo_its_picture(folder):
     result = run("mix", "dog.png", "photos/cat.png", "--prompt", "a painting of <image>", "--out", "out", *FAST)
     assert result.exit_code == 0 and names_in("out") == ["cat-mix-seed0.png", "dog-mix-seed0.png"]
+
+
+def test_a_prompt_takes_words_from_a_photo_and_adds_others(folder):
+    for prompt, out in (("<image>", "a"), ('<image> - "red" + "blue"', "b")):
+        assert run("mix", "dog.png", "--prompt", prompt, "--out", out, "--raw", *FAST).exit_code == 0
+    assert (pixels_of("a/dog-mix-seed0.png") != pixels_of("b/dog-mix-seed0.png")).any()
+    assert run("redo", "b/dog-mix-seed0.png", "--photo", "dog.png", "--out", "c", "--raw").exit_code == 0
+    assert (pixels_of("b/dog-mix-seed0.png") == pixels_of("c/dog-mix-seed0-redo.png")).all()
 
 
 @pytest.mark.parametrize("prompt", ["<image> on <image>", "<image:2> on <image:1>"])
@@ -470,3 +478,35 @@ def test_the_module_is_the_command():
     assert result.returncode == 0 and result.stdout.startswith("Usage: vilex [OPTIONS] COMMAND")
     verbs = ("blend", "encode", "generate", "inspect", "mix", "polish", "reconstruct", "redo", "vary")
     assert all(f"\n  {verb} " in result.stdout for verb in verbs)
+
+
+def test_similar_names_the_most_alike_first_and_says_what_it_skipped(folder, picture):
+    Path("photos/dog.jpg").unlink()
+    picture.rotate(180).save("photos/turned.png")
+    result = run("similar", "dog.png", "photos", "--count", "2")
+    assert result.exit_code == 1 and "skipped: broken.png" in result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [path for _, path in lines] == [str(Path("photos/cat.png")), str(Path("photos/turned.png"))]
+    assert lines[0][0] == "1.000" >= lines[1][0] and not Path("outputs").exists()
+    assert run("similar", "dog.png", "photos", "--count", "1").stdout.splitlines() == result.stdout.splitlines()[:1]
+
+
+def test_similar_shows_what_it_found_on_a_sheet(folder):
+    run("encode", "dog.png", "--tokens", "3", "--out", "dog.vilex")
+    result = run("similar", "dog.vilex", "dog.png", "photos/cat.png", "dog.vilex", "--sheet", "--out", "out")
+    assert result.exit_code == 0 and names_in("out") == ["dog-similar-sheet.png"]
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()[:3]] == ["1.000"] * 3
+    assert Image.open("out/dog-similar-sheet.png").width > 2 * 128  # the code has no picture to show
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["photos", "dog.png"], "photos holds 3 pictures: give the one that the others are compared with"),
+        (["photos/broken.png", "dog.png"], "broken.png is not a readable picture"),
+        (["dog.png", "photos/broken.png"], "skipped: broken.png is not a readable picture"),
+    ],
+)
+def test_similar_refuses_what_it_cannot_compare(folder, arguments, message):
+    result = run("similar", *arguments)
+    assert result.exit_code == 2 and message in result.stderr and result.stdout == ""

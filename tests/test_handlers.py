@@ -344,6 +344,25 @@ def test_budget_counts_the_slots_of_pictures_and_words(pipeline):
     assert "6 slots for the picture, 3 for words, 13 of 22 free" in budget.to_html(spent)
 
 
+def test_words_taken_from_a_picture_cost_no_slots(pipeline):
+    spent = budget.spend(pipeline, '[A] - "red" + "blue", a dog', [card_input(name="A"), card_input(4, name="B")])
+    assert [(part.text, part.slots) for part in spent.parts] == [
+        ("B", 4), ('A - "red" + "blue"', 6), (",", 1), ("a", 1), ("dog", 1)
+    ]  # fmt: skip
+    assert "A - &quot;red&quot; + &quot;blue&quot; 6" in budget.to_html(spent)
+
+
+def test_a_prompt_moves_its_picture_and_a_recipe_draws_it_again(handlers, upload):
+    asked = {"view": "raw", "picture": upload, "num_tokens": 6, "num_inference_steps": 2, "embed": True}
+    plain, moved = (list(handlers.generate(f"<image>{end}", **asked))[-1][0][0][0] for end in ("", ' + "blue"'))
+    recipe = load_recipe(moved)
+    assert recipe.prompt == '<image> + "blue"' and Image.open(plain).tobytes() != Image.open(moved).tobytes()
+    assert recipe.images[0].code == load_recipe(plain).images[0].code  # the picture's own tokens, moved by the prompt
+    bar, slider = handlers.plan('<image> + "blue"', picture=upload)
+    assert "0 words" in bar and slider["interactive"] is False
+    assert "was written with other terms" in handlers.plan('<image> <image> + "blue"', picture=upload)[0]
+
+
 def test_budget_strikes_out_the_words_that_do_not_fit(pipeline):
     html = budget.to_html(budget.spend(pipeline, "dog " * 22 + "cat", [card_input()]))
     assert html.count("<del>") == 2 and "<del>cat</del>" in html and "the last words did not fit" in html

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import T5Config, T5EncoderModel
 
 from vilex.prompt import (
+    Terms,
     compose,
     compose_leading,
     count_placeholders,
@@ -15,6 +16,7 @@ from vilex.prompt import (
     has_words,
     override_embeddings,
     parse,
+    parse_terms,
     recompose,
     special_tokens,
     words_removed,
@@ -57,10 +59,37 @@ KINDS = ("bert", "clip-eos", "clip-largest", "t5")
         ("a [corgi] riding [bike]", 2, ("corgi", "bike"), ["a ", 0, " riding ", 1]),
         ("a [corgi]", 1, (), [0, "a [corgi]"]),
         ("<image:2>", 2, (), [0, 1]),
+        ('<image> - "snow" + "sand", at night', 1, (), [0, ", at night"]),
+        ('a [corgi]-"snow" on “ice”', 1, ("corgi",), ["a ", 0, " on “ice”"]),
+        ('a [corgi] - "snow"', 1, (), [0, 'a [corgi] - "snow"']),
+        ('<image> - snow "sand" - "ice"', 1, (), [0, ' - snow "sand" - "ice"']),
     ],
 )
 def test_parse(text, num_images, names, expected):
     assert parse(text, num_images, names) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        ("<image> on a beach", (), [Terms()]),
+        ('<image> - "snow" + "sand"', (), [Terms("snow", "sand")]),
+        ('<image>+"warm sand"-"snow" - " ice "', (), [Terms("snow ice", "warm sand")]),
+        ("<image> − “snow” + “sand”", (), [Terms("snow", "sand")]),
+        ('a cat + "sand". <image>', (), [Terms()]),
+        ('[b] + "sand" beside [a]', ("a", "b"), [Terms(), Terms("", "sand")]),
+        ('<image:1> - "ice" and <image:1> - "ice" by <image:2>', ("", ""), [Terms("ice"), Terms()]),
+    ],
+)
+def test_words_are_taken_from_an_image_and_added_to_it(text, names, expected):
+    assert parse_terms(text, len(expected), names) == expected
+    assert count_placeholders(text) == text.count("<image")
+
+
+def test_an_image_has_the_same_terms_everywhere():
+    with pytest.raises(ValueError, match=r'<image> \+ "sand" was written with other terms before'):
+        parse_terms('<image> beside <image> + "sand"', 1)
+    assert str(Terms("snow", "sand")) == ' - "snow" + "sand"' and str(Terms()) == ""
 
 
 @pytest.mark.parametrize("text", ["<image:3>", "<image:0>", "<image:1> <image:9>"])

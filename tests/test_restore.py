@@ -40,14 +40,6 @@ class Everything(dict):
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the page remarks."""
-    remarks: list[str] = []
-    monkeypatch.setattr(restore, "tell", remarks.append)
-    return remarks
-
-
-@pytest.fixture
 def page(handlers: Handlers) -> Page:
     return Page(handlers, Everything(), ())
 

@@ -21,6 +21,7 @@ from vilex.words import (
     nearest_words,
     ordinary_words,
     shift,
+    similar,
     weigh,
     without,
     word_distance,
@@ -203,6 +204,31 @@ def test_a_pipeline_reads_tokens_in_the_words_of_its_text_encoder(pipeline):
     assert [reading.distance for reading in readings] == pytest.approx([0, 0], abs=0.01)
     [between] = pipeline.read(table[ids].mean(0, keepdim=True), 3)
     assert between.distance > 0.1
+
+
+@given(st.lists(counts, min_size=1, max_size=30), counts, seeds)
+def test_similar_gives_falling_scores_and_finds_the_picture_itself(lengths, n, seed):
+    query = tokens_of(n, seed)
+    stored = [tokens_of(length, seed + 1 + i) for i, length in enumerate(lengths)]
+    found = similar(query, stored, 30)
+    assert sorted(i for i, _ in found) == list(range(len(stored)))
+    scores = [score for _, score in found]
+    assert scores == sorted(scores, reverse=True) and all(-1.001 <= score <= 1.001 for score in scores)
+    [(best, score)] = similar(query, [*stored, 2 * query], 1)
+    assert best == len(stored) and score == pytest.approx(1, abs=1e-4)
+
+
+def test_those_closest_by_token_1_are_ranked_by_sixteen():
+    query = torch.zeros(20, WIDTH)
+    query[:, 0] = 1.0
+    turned = torch.zeros(WIDTH)
+    turned[1] = 1.0
+    late, middle, first = query.clone(), query.clone(), query.clone()
+    late[16:], middle[8:], first[0] = turned, turned, turned  # beyond the sixteenth nothing counts
+    assert similar(query, [middle, first, late], 3) == [(2, 1.0), (1, 0.9375), (0, 0.5)]
+    # token 1 of `first` is the worst: it is no candidate when four of one token are asked for, whatever follows
+    assert [i for i, _ in similar(query, [middle, middle, middle, middle, first], 1)] == [0]
+    assert similar(query, [], 3) == []
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,7 @@ from vilex.options import (
     weight_option,
 )
 from vilex.recipe import build_recipe, differences
+from vilex.similar import find_similar
 from vilex.words import Reading, blend, graft
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
@@ -66,6 +67,9 @@ def main() -> None:
     (of .vilex files where it holds no pictures). A file that cannot be read is skipped and named on stderr. Exit code:
     0 all done, 1 some skipped or the model failed, 2 wrong input or nothing done.
     """
+
+
+main.add_command(find_similar)
 
 
 @main.command()
@@ -137,7 +141,8 @@ def mix(
     In the prompt, <image> stands for the picture: "<image>, in the style of Claude Monet". Without it the picture
     comes first. If the prompt holds more than one, such as "<image> riding <image>" or "<image:2> on <image:1>", or
     names a PHOTO, such as "[corgi] riding [bike]" for corgi.jpg and bike.jpg, all PHOTOs are used together in one
-    prompt; otherwise each PHOTO gets its own picture.
+    prompt; otherwise each PHOTO gets its own picture. <image> - "snow" + "sand" takes words from the picture and adds
+    others.
 
     Written as <stem>-mix-seed<seed>.png, with + between several stems.
     """

@@ -90,6 +90,7 @@ class Photo(click.Path):
 
 
 _photo = Photo(exists=True, path_type=Path)
+one_photo = click.argument("photo", type=_photo)
 model_options = _stack(
     click.option("--model", help="Folder, name in assets/weights or hub id; else VILEX_WEIGHTS, else the default."),
     click.option("--device", help="cpu, cuda, cuda:1, mps; else VILEX_DEVICE, else the fastest there is."),
@@ -129,13 +130,14 @@ drawing_options = _stack(
     setting_option("--guidance", "guidance_scale"),
     result_options,
 )
+sheet_option = click.option("--sheet", is_flag=True, help="Also save all pictures of a PHOTO in one, <stem>-sheet.png.")
 sharing_options = _stack(
     click.option(
         "--share-tokens",
         is_flag=True,
         help="Write the PHOTOs' tokens into the PNGs, for redo. Whoever has them can draw what the PHOTOs show.",
     ),
-    click.option("--sheet", is_flag=True, help="Also save all pictures of a PHOTO in one, <stem>-sheet.png."),
+    sheet_option,
 )
 weight_option = click.option(
     "--weight",

@@ -19,10 +19,19 @@ from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
 from vilex.polish import PolishStep, polish_steps, spell
-from vilex.prompt import ComposedPrompt, compose, embedding_module, has_words, special_tokens, words_removed
+from vilex.prompt import (
+    ComposedPrompt,
+    compose,
+    embedding_module,
+    has_words,
+    parse_terms,
+    special_tokens,
+    tokenize,
+    words_removed,
+)
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
 from vilex.t2i import INDEX_NAME
-from vilex.words import Reading, nearest_words, weigh, word_distance
+from vilex.words import Reading, nearest_words, shift, weigh, word_distance
 
 Fit = Literal["crop", "pad"]
 OnPolish = Callable[[int, int, float], None]
@@ -222,6 +231,23 @@ class VilexPipeline:
     def _average_word(self) -> Tensor:
         return self.t2i.word_statistics()[0]
 
+    def shift(self, vilex_tokens: Tensor, minus: str, plus: str, strength: float = 1.0) -> Tensor:
+        """vilex_tokens (N,D) with words taken from them and added to them; best give both, and "" for neither.
+
+        Raises ValueError for a text without any word piece and a strength that is not finite.
+        """
+        return shift(vilex_tokens, self._mean_word(minus), self._mean_word(plus), strength)
+
+    def _mean_word(self, words: str) -> Tensor | None:
+        """The mean (1,D) of the word embeddings of some words, in every text encoder there is; None without words."""
+        if not words:
+            return None
+        ids = [tokenize(tokenizer, words).input_ids for tokenizer in self.t2i.tokenizers]
+        if not all(ids):
+            raise ValueError(f"there is no word in {words!r:.60}")
+        tables = [embedding_module(encoder).weight for encoder in self.t2i.text_encoders]
+        return torch.cat([table[torch.tensor(i)].mean(0) for table, i in zip(tables, ids, strict=True)])[None]
+
     def read(self, vilex_tokens: Tensor, count: int = 5) -> list[Reading]:
         """A Reading with `count` words of each of vilex_tokens (N,D): a hint, not a fact.
 
@@ -250,7 +276,7 @@ class VilexPipeline:
         """
         if len(prompt) > MAX_PROMPT_CHARS:
             raise ValueError(f"the prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARS}")
-        tokens = [self._tokens(word, num_tokens, fit) for word in images]
+        tokens = self._moved(prompt, [self._tokens(word, num_tokens, fit) for word in images], names)
         return compose(prompt, tokens, self.t2i.tokenizer, self.t2i.config.context_length, names)
 
     @torch.no_grad()
@@ -339,7 +365,8 @@ class VilexPipeline:
         joint = self.compose(prompt, words, config.num_tokens, names)
         image = None
         if words:
-            kept = [tokens[:n] for tokens, n in zip(words, joint.kept, strict=True)]
+            moved = self._moved(prompt, words, names)
+            kept = [tokens[:n] for tokens, n in zip(moved, joint.kept, strict=True)]
             image = self._condition(words_removed(prompt, len(words), names), kept)
         is_joint = has_words(prompt, len(words), names)
         return Conditions(
@@ -347,6 +374,11 @@ class VilexPipeline:
             image=image,
             joint=self.t2i.encode_prompt(joint) if is_joint else None,
         )
+
+    def _moved(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
+        """The words (N,D) as the terms of the prompt move them: `<image> - "snow" + "sand"`."""
+        terms = parse_terms(prompt, len(words), names)
+        return [self.shift(tokens, own.minus, own.plus) for tokens, own in zip(words, terms, strict=True)]
 
     def _condition(self, text: str, words: Sequence[Tensor]) -> Conditioning:
         return self.t2i.encode_prompt(compose(text, words, self.t2i.tokenizer, self.t2i.config.context_length))

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-_SLOT = re.compile(r"<image(?::(\d+))?>|\[([A-Za-z][\w-]*)\]")
+_TERM = r'\s*([-−–+])\s*["“”]([^"“”]+)["“”]'  # phones write other dashes and quotes than keyboards
+_SLOT = re.compile(rf"(?:<image(?::(\d+))?>|\[([A-Za-z][\w-]*)\])((?:{_TERM})*)")
 _override_lock = threading.RLock()
 
 
@@ -75,28 +76,60 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     return SpecialTokens(tuple(whole[:start]), tuple(suffix), tokenizer.pad_token_id, placeholder)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Words that a prompt takes from an image and adds to it, as in `<image> - "snow" + "sand"`."""
+
+    minus: str = ""
+    plus: str = ""
+
+    def __str__(self) -> str:
+        return "".join(f' {sign} "{words}"' for sign, words in (("-", self.minus), ("+", self.plus)) if words)
+
+
 def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | int]:
     """Text runs and image indices in reading order.
 
     `<image:2>` is the second image, `[corgi]` the one of that name; a plain `<image>` takes the images in
-    turn and stays with the last. Images the text does not mention go first, as in the paper's [v, c].
-    Raises ValueError for a number without an image; brackets that name none are ordinary words.
+    turn and stays with the last. Images the text does not mention go first, as in the paper's [v, c]. The terms of
+    an image are no text. Raises ValueError for a number without an image; brackets that name none are ordinary words.
     """
     segments: list[str | int] = []
-    end = turn = 0
+    end = 0
+    for match, index in _mentions(text, num_images, names):
+        segments += [text[end : match.start()], index]
+        end = match.end()
+    segments.append(text[end:])
+    unused = [i for i in range(num_images) if i not in segments]
+    return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
+
+
+def _mentions(text: str, num_images: int, names: Sequence[str]) -> Iterator[tuple[re.Match, int]]:
+    """Each place where the text stands for an image, its terms included, and which image it is."""
+    turn = 0
     for match in _SLOT.finditer(text):
-        number, name = match.groups()
+        number, name = match[1], match[2]
         if name is not None and name not in names:
             continue
         index = names.index(name) if name else int(number) - 1 if number else min(turn, num_images - 1)
         if not 0 <= index < num_images:
             raise ValueError(f"{match.group()} asks for an image that is not there: the prompt has {num_images}")
         turn += not (name or number)
-        segments += [text[end : match.start()], index]
-        end = match.end()
-    segments.append(text[end:])
-    unused = [i for i in range(num_images) if i not in segments]
-    return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
+        yield match, index
+
+
+def parse_terms(text: str, num_images: int, names: Sequence[str] = ()) -> list[Terms]:
+    """The terms of each image; several of one sign are read as one text.
+
+    Raises ValueError as `parse` does, and for an image that stands in the prompt once with other terms than before.
+    """
+    found: dict[int, Terms] = {}
+    for match, index in _mentions(text, num_images, names):
+        parts = [("+" if sign == "+" else "-", words.strip()) for sign, words in re.findall(_TERM, match[3])]
+        terms = Terms(*(" ".join(words for own, words in parts if own == sign) for sign in "-+"))
+        if found.setdefault(index, terms) != terms:
+            raise ValueError(f"{match.group()} was written with other terms before: a picture has the same everywhere")
+    return [found.get(i, Terms()) for i in range(num_images)]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, words: str) -> BatchEncoding:

@@ -163,13 +163,18 @@ def environment() -> dict[str, str]:
     return versions
 
 
+def to_json(recipe: Recipe) -> str:
+    """A recipe as plain ASCII, which a PNG's tEXt chunk can hold."""
+    return json.dumps({"version": RECIPE_VERSION} | dataclasses.asdict(recipe))
+
+
 def save_png(image: Image.Image, path: str | Path, recipe: Recipe) -> None:
     """Writes `image` as a PNG with `recipe` in a text chunk; the file appears whole or not at all.
 
     Raises ValueError when the recipe is not one that `load_recipe` would accept.
     """
-    text = json.dumps({"version": RECIPE_VERSION} | dataclasses.asdict(recipe))  # plain ASCII: tEXt can hold it
-    _parse(text, "the recipe")
+    text = to_json(recipe)
+    from_json(text, "the recipe")
     info = PngInfo()
     info.add_text(RECIPE_KEY, text)
     path = Path(path)
@@ -188,7 +193,7 @@ def load_recipe(source: str | Path | bytes | BinaryIO | Image.Image) -> Recipe |
     """
     name = Path(source).name if isinstance(source, str | Path) else "the picture"
     text = _read_text(source, name)
-    return None if text is None else _parse(text, name)
+    return None if text is None else from_json(text, name)
 
 
 def _read_text(source: str | Path | bytes | BinaryIO | Image.Image, name: str) -> str | None:
@@ -206,7 +211,8 @@ def _read_text(source: str | Path | bytes | BinaryIO | Image.Image, name: str) -
     return text if isinstance(text, str) else None
 
 
-def _parse(text: str, name: str) -> Recipe:
+def from_json(text: str, name: str) -> Recipe:
+    """The recipe that `to_json` wrote; raises ValueError with one sentence, `name` first, when it was tampered with."""
     try:
         return _checked(_parse_json(text))
     except (ValueError, RecursionError, OverflowError) as error:

@@ -5,6 +5,7 @@ All functions are pure; tokens are (N,D) in the space of the text encoder's word
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # takes seconds to import
 _UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT vocabularies keep free
 _SAMPLED_WORDS = 512  # words whose own nearest word is looked for; their median stands for all
 _CHUNK = 64  # rows of a distance matrix at a time: 8 MB for 30,522 words
+COMPARED = 16  # tokens that decide how alike two pictures are; later ones hold finer things
+_SHORTLIST = 4  # candidates by token 1 for each picture that is asked for
 _CELLS = 8
 _HALVING = 14.0  # CIELAB units; of 200 random pairs of photographs half differ by more than 36
 _D65 = np.array([0.95047, 1.0, 1.08883], np.float32)
@@ -160,6 +163,22 @@ def _to_another(places: Tensor, words: Tensor) -> Tensor:
     """Distance from the words at `places` (S,) to the nearest other word: (S,)."""
     distances = torch.cdist(words[places], words)  # (S,V')
     return distances.scatter_(1, places[:, None], torch.inf).amin(1)
+
+
+def similar(vilex_tokens: Tensor, stored: Sequence[Tensor], count: int) -> list[tuple[int, float]]:
+    """(index, score) of the `count` of `stored` (N_i,D) most like vilex_tokens (N,D), the most alike first.
+
+    The score is the mean cosine similarity of the first 16 tokens, or as many as both have: 1 for equal ones. It is
+    computed for those alone that are closest by token 1, which holds most of a picture, four for each one asked for.
+    """
+    best = sorted(range(len(stored)), key=lambda i: -_cosine(vilex_tokens, stored[i], 1))[: _SHORTLIST * count]
+    scores = {i: _cosine(vilex_tokens, stored[i], COMPARED) for i in best}
+    return sorted(scores.items(), key=lambda item: -item[1])[:count]
+
+
+def _cosine(tokens: Tensor, other: Tensor, count: int) -> float:
+    count = min(count, len(tokens), len(other))
+    return F.cosine_similarity(tokens[:count], other[:count].to(tokens), dim=-1).mean().item()
 
 
 def likeness(image: Image.Image, other: Image.Image) -> float:

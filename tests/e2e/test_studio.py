@@ -139,3 +139,51 @@ def test_every_page_theme_and_width_fits(browser: Browser, server: Server) -> No
             with browser.new_context(viewport={"width": width, "height": 900}) as context:
                 page = open_app(context.new_page(), f"{server.url}/?__theme={theme}")
                 assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_link_brings_the_page_back_and_no_server_sees_it(browser: Browser, page: Page, server: Server) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    choose(page, CACTUS)
+    open_settings(page)
+    set_slider(page, "num-images", 1)
+    page.get_by_label("Keep this seed").check()
+    page.locator("#prompt textarea").fill("<image>, at <night>")
+    page.get_by_role("button", name="Link to this page").click()
+    page.get_by_role("button", name="Copy a link to this page").click()
+    expect(page.locator("#link-note")).to_contain_text(re.compile(r"\d+ of 75 tokens of A.*It is copied"))
+    link = page.evaluate("navigator.clipboard.readText()")
+    assert link.startswith(f"{server.url}/#vilex=") and len(link) < 8000
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        asked: list[str] = []
+        context.on("request", lambda request: asked.append(request.url))
+        other = open_app(context.new_page(), link)
+        expect(other.locator("#prompt textarea")).to_have_value("<image>, at <night>")
+        expect(other.locator("#card-A")).to_contain_text(re.compile(r"A word of \d+ tokens"))
+        expect(other).to_have_url(f"{server.url}/")  # a refresh must not undo what comes next
+        assert asked and not [url for url in asked if "vilex=" in url]
+        other.get_by_role("button", name="Generate").click()
+        recipe = load_recipe(download(other, wait_drawn(other, 1)[0]))
+        assert recipe.prompt == "<image>, at <night>" and recipe.config.num_inference_steps == 3
+    assert "vilex=" not in server.log
+
+
+def test_a_damaged_link_gives_a_sentence_and_the_page_works(page: Page, server: Server) -> None:
+    page.goto(f"{server.url}/#vilex=damaged")
+    expect(page.get_by_test_id("toast-body")).to_contain_text("This link cannot be opened: the link is damaged")
+    expect(page.get_by_test_id("toast-body")).to_have_count(1)
+    open_settings(page)
+    assert load_recipe(draw_one(page, "a red boat")).prompt == "a red boat"
+
+
+def test_pictures_are_sorted_by_likeness_to_picture_a(page: Page, tmp_path: Path) -> None:
+    choose(page, CACTUS)
+    (tmp_path / "twin.png").write_bytes(CACTUS.read_bytes())
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="Which pictures are most like picture A?").click()
+    page.locator("#similar-files input[type=file]").set_input_files([tmp_path / "twin.png", SAILBOAT])
+    page.get_by_label("Results of this page").uncheck()
+    page.get_by_role("button", name="Sort by likeness").click()
+    captions = page.locator("#alike .caption-label")
+    expect(captions).to_have_count(7, timeout=SLOW)
+    expect(captions.first).to_have_text(re.compile(r"1.00 · (twin|cactus)"))
+    expect(page.locator("#status")).to_contain_text("Compared 7")
