@@ -11,6 +11,7 @@ from PIL import Image
 from app.cards import NAMES, Upload, stem
 from app.handlers import Handlers, check_choice
 from app.messages import Clock, duration, finished, in_words
+from app.restore import cached
 from app.studio import Studio
 from app.workbench import read_one
 from vilex.images import fit_image, load_image
@@ -36,13 +37,13 @@ def find(
     """
     with in_words():
         pipeline, word = handlers.ready(), read_one(handlers, values, NAMES[0], full=True)
-        uploads = _gather(examples, files or [], sources or [], history or [])
-        tokens, images, names, clock = [], [], [], Clock(len(uploads))
-        for i, upload in enumerate(uploads, 1):
-            if (image := _open(upload)) is not None:
+        files = _gather(examples, files or [], sources or [], history or [])
+        tokens, images, names, clock = [], [], [], Clock(len(files))
+        for i, (path, name) in enumerate(files, 1):
+            if path and (image := _open(path)) is not None:
                 tokens.append(pipeline.encode(image, COMPARED, word.fit)[0])
                 images.append(fit_image(image, _THUMBNAIL, word.fit))
-                names.append(stem(upload))
+                names.append(name)
             yield gr.skip(), clock.at(i, "Comparing")
         if not images:
             raise ValueError("None of the files is a readable picture")
@@ -52,23 +53,27 @@ def find(
 
 def _gather(
     examples: Sequence[Path], files: Sequence[Upload], sources: Sequence[str], history: Sequence[dict[str, Any]]
-) -> list[Upload]:
-    """The files to compare with. Raises ValueError when there are none or too many."""
+) -> list[tuple[str | None, str]]:
+    """Path and name of the files to compare with; no path for one that is gone, or outside gradio's cache.
+
+    Raises ValueError when there are none or too many.
+    """
     for source in sources:
         check_choice(source, SOURCES, "source")
     uploads = list(files)
     uploads += [item["image"] for item in history] if "history" in sources else []
-    uploads += [{"path": str(path)} for path in examples] if "examples" in sources else []
-    if not uploads:
+    found = [(cached(upload), stem(upload)) for upload in uploads]
+    found += [(str(path), path.stem) for path in examples] if "examples" in sources else []
+    if not found:
         raise ValueError("Give pictures to compare with: drop some, or tick a source that has some")
-    if len(uploads) > MAX_PICTURES:
-        raise ValueError(f"At most {MAX_PICTURES} pictures are compared at once, got {len(uploads)}")
-    return uploads
+    if len(found) > MAX_PICTURES:
+        raise ValueError(f"At most {MAX_PICTURES} pictures are compared at once, got {len(found)}")
+    return found
 
 
-def _open(upload: Upload) -> Image.Image | None:
+def _open(path: str) -> Image.Image | None:
     try:
-        return load_image(upload["path"])
+        return load_image(path)
     except ValueError:  # one file that is no picture must not spoil a folder
         return None
 

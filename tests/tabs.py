@@ -34,7 +34,7 @@ def empty() -> Handlers:
 def cards(picture: Image.Image, tmp_path: Path) -> dict[str, Any]:
     """Arguments of a request: the picture in A, with 6 tokens, the picture turned in B, with 4; seed 5, 3 steps."""
     folder = tmp_path / "cache"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     picture.save(folder / "corner.png")
     picture.rotate(180).save(folder / "turned.png")
     a, b = ({"path": str(folder / name), "orig_name": name} for name in ("corner.png", "turned.png"))

@@ -18,15 +18,17 @@ pytest_plugins = ["tabs"]
 @pytest.fixture
 def files(tmp_path: Path) -> list[dict[str, str]]:
     """Two plain pictures and a file that is none."""
+    folder = tmp_path / "cache" / "files"
+    folder.mkdir(parents=True)
     for colour in ("red", "blue"):
-        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{colour}.png")
-    (tmp_path / "broken.png").write_bytes(b"nothing")
-    return [{"path": str(tmp_path / name), "orig_name": name} for name in ("red.png", "broken.png", "blue.png")]
+        Image.new("RGB", (40, 30), colour).save(folder / f"{colour}.png")
+    (folder / "broken.png").write_bytes(b"nothing")
+    return [{"path": str(folder / name), "orig_name": name} for name in ("red.png", "broken.png", "blue.png")]
 
 
 def test_the_most_alike_come_first_with_their_scores(handlers, cards, files, tmp_path):
     history = [{"image": cards["picture"], "caption": "seed 5"}]
-    examples = [tmp_path / "turned.png"]
+    examples = [tmp_path / "cache" / "turned.png"]
     *working, (found, status) = find(handlers, examples, files, ["history", "examples"], history, **cards)
     assert len(working) == 5 and all("<progress" in status for _, status in working)
     scores = [float(re.match(r"-?[\d.]+", caption)[0]) for _, caption in found]
@@ -38,7 +40,7 @@ def test_the_most_alike_come_first_with_their_scores(handlers, cards, files, tmp
 
 def test_only_the_ticked_sources_are_compared(handlers, cards, files, tmp_path):
     history = [{"image": cards["picture"], "caption": "seed 5"}]
-    *_, (found, status) = find(handlers, [tmp_path / "turned.png"], files[:1], [], history, **cards)
+    *_, (found, status) = find(handlers, [tmp_path / "cache" / "turned.png"], files[:1], [], history, **cards)
     assert [caption.split(" · ")[1] for _, caption in found] == ["red"] and "could not" not in status
 
 
@@ -66,3 +68,10 @@ def test_what_cannot_be_compared_is_refused(handlers, cards, files, change, mess
 def test_without_weights_nothing_is_compared(empty, files):
     with pytest.raises(gr.Error, match="no weights"):
         list(find(empty, [], files))
+
+
+def test_a_file_outside_the_cache_is_not_read(handlers, cards, files, tmp_path):
+    Image.new("RGB", (40, 30), "green").save(tmp_path / "secret.png")
+    outside = {"path": str(tmp_path / "secret.png"), "orig_name": "secret.png"}
+    *_, (found, status) = find(handlers, [], [outside, files[0]], ["history"], [{"image": outside}], **cards)
+    assert [caption.split(" · ")[1] for _, caption in found] == ["red"] and "2 could not be read" in status
