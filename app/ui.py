@@ -187,7 +187,9 @@ def _header(handlers: Handlers, notes: Notes) -> str:
     banners = []
     if handlers.problem:
         banners.append(f"<strong>No weights are loaded.</strong> {escape(handlers.problem)}")
-    elif notes.device == "cpu" and notes.seconds_per_step is not None:
+    elif handlers.pipeline and handlers.pipeline.vilex is None:
+        banners.append("This model draws from words. Pictures become words of it by “Polish picture A”, slowly.")
+    if notes.device == "cpu" and notes.seconds_per_step is not None:
         cost = duration(notes.seconds_per_step * notes.steps)
         banners.append(f"Running on the CPU: about {cost} per picture of {notes.steps} steps on this machine.")
     return (

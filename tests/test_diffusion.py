@@ -118,8 +118,8 @@ def test_a_missing_part_is_refused(stable_diffusion, tmp_path, part):
 def test_folders_of_no_model_or_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no text-to-image model: model_index.json is missing"):
         load_t2i(tmp_path)
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(ValueError, match="is for FluxPipeline; supported are StableDiffusionPipeline, "):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    with pytest.raises(ValueError, match="is for SanaPipeline; supported are StableDiffusionPipeline, "):
         load_t2i(tmp_path)
 
 

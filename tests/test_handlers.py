@@ -449,7 +449,8 @@ def test_what_cannot_be_polished_is_told(handlers, upload, has_picture, steps, m
 
 def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload):
     handlers = Handlers(VilexPipeline(pipeline.t2i, name="bare"))
-    assert ui.build_demo(handlers, ui.Notes(steps=4)).fns
+    shown = [str(part["props"].get("value")) for part in ui.build_demo(handlers).config["components"]]
+    assert any("This model draws from words." in text for text in shown)
     assert handlers.look(upload, "crop").size == (32, 32) and handlers.max_tokens == 22
     with pytest.raises(gr.Error, match="bare has no ViLex weights to read pictures with: .* Polish picture A"):
         draw(handlers, upload)

@@ -24,7 +24,7 @@ from train import train_vilex
 from train.batches import tabulate
 from train.presets import PRESETS
 from train.train_vilex import build_model
-from vilex import diffusion
+from vilex import checkpoint, diffusion
 from vilex import flux as flux_module
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
@@ -545,15 +545,35 @@ def test_a_hub_id_is_found_offline(hub):
     assert isinstance(load_t2i(Path("owner/tiny-sdxl")), StableDiffusionXL)
 
 
-def test_only_what_is_read_is_fetched(hub, monkeypatch):
-    """Files as the hub has them of SDXL: no twin in fp16, no other framework's, no folder of another use."""
-    asked = []
+def test_a_hub_id_of_a_model_alone_gives_a_pipeline_without_encoder(hub):
+    pipeline = VilexPipeline.from_pretrained("owner/tiny-sdxl", device="cpu", dtype="float32")
+    assert (pipeline.name, pipeline.vilex) == ("owner/tiny-sdxl", None)
+    assert isinstance(pipeline.t2i, StableDiffusionXL)
+
+
+@pytest.fixture
+def asked(hub, monkeypatch) -> list[list[str]]:
+    """The patterns of files that are asked of the hub."""
+    patterns: list[list[str]] = []
 
     def fetch(hub_id: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+        patterns.append(allow_patterns)
         return snapshot_download(hub_id, allow_patterns=allow_patterns)
 
-    monkeypatch.setattr(diffusion, "snapshot_download", fetch)
+    for module in (checkpoint, diffusion):
+        monkeypatch.setattr(module, "snapshot_download", fetch)
+    return patterns
+
+
+def test_weights_of_a_model_alone_are_left_to_what_loads_its_kind(asked):
+    checkpoint.find_weights("owner/tiny-sdxl")
+    ours = ["config.json", "vilex.safetensors", "t2i/unet/diffusion_pytorch_model.safetensors", "README.md"]
+    others = ["unet/diffusion_pytorch_model.safetensors", "sd_xl_base_1.0.safetensors", "vilex.bin"]
+    assert list(filter_repo_objects(ours + others, allow_patterns=asked[0])) == ours
+
+
+def test_only_what_is_read_is_fetched(asked):
+    """Files as the hub has them of SDXL: no twin in fp16, no other framework's, no folder of another use."""
     load_t2i("owner/tiny-sdxl")
     wanted = [
         "model_index.json", "scheduler/scheduler_config.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json",

@@ -15,7 +15,8 @@ from vilex.loss import Noise, diffusion_loss
 from vilex.prompt import compose, embedding_module, tokenize
 from vilex.t2i import Conditioning, TextToImage
 
-NOISE_DRAWS = 8  # noises of one step, in one call of the denoiser
+NOISE_DRAWS = 16  # noises of one step, in one call of the denoiser
+_LATENT_DRAWS = 4  # of models that are too large for more
 LEARNING_RATE = 1.0  # in standard deviations of the word embeddings
 _BETAS = (0.9, 0.99)  # a few dozen steps are too few for Adam's usual memory of 1000
 _POOL = 64  # timesteps drawn for each one that is used
@@ -42,7 +43,7 @@ def polish_steps(t2i: TextToImage, pixels: Tensor, vilex_tokens: Tensor, config:
     if t2i.is_offloaded:
         raise ValueError("gradients cannot pass an offloaded model: polish without --offload")
     generator, like = torch.Generator().manual_seed(config.seed), next(t2i.denoiser.parameters())
-    latents = t2i.encode(pixels).detach()  # (1,C,h,w)
+    latents = t2i.encode(pixels).detach().expand(2, -1, -1, -1)  # for all tokens, and for the first of them
     # T5's words are a hundred times longer than CLIP's: each column is learnt in units of its own words' spread
     scale = t2i.word_statistics()[1].to(pixels.device)  # (D,)
     values = (vilex_tokens.detach().to(scale) / scale).requires_grad_()  # (N,D)
@@ -51,8 +52,9 @@ def polish_steps(t2i: TextToImage, pixels: Tensor, vilex_tokens: Tensor, config:
     lr_schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
     scaler = torch.amp.GradScaler(pixels.device.type, enabled=like.dtype == torch.float16)
     for index in range(config.num_steps):
-        kept = _count(index, len(values), generator)
-        condition = _read(t2i, values[:kept] * scale).to(like.device, like.dtype)
+        kept = _taildrop(len(values), generator)
+        condition = Conditioning.concatenate([_read(t2i, values[:count] * scale) for count in (len(values), kept)])
+        condition = condition.to(like.device, like.dtype)
         loss = diffusion_loss(t2i, t2i.denoiser, latents, condition, _draw_noise(t2i, generator, pixels.device))
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is not finite at step {index + 1}; try dtype float32")
@@ -65,10 +67,9 @@ def polish_steps(t2i: TextToImage, pixels: Tensor, vilex_tokens: Tensor, config:
         yield PolishStep(index, config.num_steps, values.detach() * scale, loss.item())
 
 
-def _count(index: int, num_tokens: int, generator: torch.Generator) -> int:
-    """TailDrop: all tokens in every other step, else a prefix, whose length's logarithm is uniform."""
-    share = torch.rand((), generator=generator).item()
-    return num_tokens if index % 2 == 0 else round(num_tokens**share)
+def _taildrop(num_tokens: int, generator: torch.Generator) -> int:
+    """How many tokens are kept; the count's logarithm is uniform, since the first tokens matter most."""
+    return round(num_tokens ** torch.rand((), generator=generator).item())
 
 
 def _read(t2i: TextToImage, vilex_tokens: Tensor) -> Conditioning:
@@ -77,10 +78,13 @@ def _read(t2i: TextToImage, vilex_tokens: Tensor) -> Conditioning:
 
 def _draw_noise(t2i: TextToImage, generator: torch.Generator, device: torch.device) -> Noise:
     """Noises of one step. Their timesteps are the model's own, one out of each equal share of them."""
-    pool = t2i.draw_timesteps(NOISE_DRAWS * _POOL, generator).sort().values.view(NOISE_DRAWS, _POOL)
-    picked = torch.randint(_POOL, (NOISE_DRAWS, 1), generator=generator)
-    values = torch.randn(NOISE_DRAWS, *t2i.latent_shape, generator=generator)
-    return Noise(values.to(device), pool.gather(1, picked)[:, 0].to(device))
+    draws = NOISE_DRAWS if t2i.embedded else _LATENT_DRAWS
+    pool = t2i.draw_timesteps(draws * _POOL, generator).sort().values
+    places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
+    if t2i.prediction_type == "sample":
+        places = places**2  # most with little noise: x0's errors are small there, and fine structure is in them
+    values = torch.randn(draws, *t2i.latent_shape, generator=generator)
+    return Noise(values.to(device), pool[(places * len(pool)).long()].to(device))
 
 
 @torch.no_grad()
