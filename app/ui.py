@@ -63,7 +63,7 @@ document.addEventListener("drop", (event) => {
 document.addEventListener("paste", (event) => {
   const picture = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
   const zones = [...document.querySelectorAll(".card .picture")].filter((zone) => zone.offsetParent);
-  const zone = zones.find((one) => !one.querySelector("img")) ?? zones[0];
+  const zone = zones.find((one) => !one.closest(".card").querySelector(".picture img, .card-note p")) ?? zones[0];
   give(event, picture, zone?.querySelector("input[type=file]"));
 }, true);
 // gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.conftest import PATIENCE, Server, open_app, unfold
-from tests.e2e.test_app import CACTUS, SAILBOAT, choose, open_settings, set_slider, wait_drawn, wait_rebuilt
+from tests.e2e.test_app import CACTUS, SAILBOAT, choose, open_settings, set_slider, start_long, wait_drawn, wait_rebuilt
 
 LIMIT = 20 * 2**20  # bytes of an upload
 _FIRE = """([kind, where, bytes]) => {
@@ -92,13 +92,7 @@ def test_all_pictures_download_at_once(page: Page, tmp_path: Path) -> None:
 def test_closing_the_page_stops_its_work(browser: Browser, server: Server) -> None:
     before = server.log.count("stopped after step")
     with browser.new_context() as context:
-        page = open_app(context.new_page(), server.url)
-        page.locator("#prompt textarea").fill("a blue house")
-        open_settings(page)
-        set_slider(page, "num-inference-steps", 100)
-        set_slider(page, "num-images", 8)
-        page.get_by_role("button", name="Generate").click()
-        expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 100"))
+        start_long(open_app(context.new_page(), server.url))
     deadline = time.monotonic() + PATIENCE / 1000
     while server.log.count("stopped after step") == before:
         assert time.monotonic() < deadline
