@@ -23,6 +23,16 @@ from vilex.upsampler import build_upsampler
 DEFAULT_PORT = 7860
 
 
+def parse_auth(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, str] | None:
+    """Name and password of NAME:PASSWORD; None without a text."""
+    if not text:
+        return None
+    name, _, password = text.partition(":")
+    if not name or not password:
+        raise click.BadParameter("write it as NAME:PASSWORD, neither of them empty")
+    return name, password
+
+
 @click.command()
 @click.option("--model", help="Folder, name in assets/weights, or hub id.  [env: VILEX_WEIGHTS]")
 @click.option("--device", help="cuda, mps or cpu; by default the first there is.  [env: VILEX_DEVICE]")
@@ -34,6 +44,8 @@ DEFAULT_PORT = 7860
 @click.option("--steps", type=click.IntRange(1, 100), envvar="VILEX_STEPS", show_envvar=True, show_default=True,
               default=GenerationConfig.num_inference_steps, help="Denoising steps the slider starts at.")  # fmt: skip
 @click.option("--share", is_flag=True, help="Also opens a public address through gradio's servers.")
+@click.option("--auth", metavar="NAME:PASSWORD", envvar="VILEX_AUTH", show_envvar=True, callback=parse_auth,
+              help="Asks every visitor for this name and password.")  # fmt: skip
 @click.option("--mcp", is_flag=True, envvar="GRADIO_MCP_SERVER", help="Also serves the app's functions as MCP tools.")
 def main(
     model: str | None,
@@ -44,6 +56,7 @@ def main(
     port: int | None,
     steps: int,
     share: bool,
+    auth: tuple[str, str] | None,
     mcp: bool,
 ) -> None:
     """Opens the ViLex app in a browser page."""
@@ -62,6 +75,7 @@ def main(
             server_name=host,
             server_port=port,
             share=share,
+            auth=auth,
             mcp_server=mcp,
             prevent_thread_lock=True,
             quiet=True,

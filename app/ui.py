@@ -47,18 +47,35 @@ document.addEventListener("keydown", (event) => {
   if ((event.ctrlKey || event.metaKey) && event.key === "Enter") press("generate");
   else if (event.key === "Escape" && document.querySelector("#status progress")) press("stop");
 });
-// the drop zones of gradio take pictures only: a word that is dropped anywhere goes to the button that opens it
-document.addEventListener("drop", (event) => {
-  const words = [...(event.dataTransfer?.files ?? [])].filter((file) => file.name.toLowerCase().endsWith(".vilex"));
-  const input = document.querySelector("#card-buttons input[type=file]");
-  if (!words.length || !input) return;
+const give = (event, file, input) => {
+  if (!file || !input) return;
   event.preventDefault();
   event.stopImmediatePropagation();
   const one = new DataTransfer();
-  one.items.add(words[0]);
+  one.items.add(file);
   input.files = one.files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
+};
+// the drop zones of gradio take pictures only: a word that is dropped anywhere goes to the button that opens it
+document.addEventListener("drop", (event) => {
+  const files = [...(event.dataTransfer?.files ?? [])];
+  const word = files.find((file) => file.name.toLowerCase().endsWith(".vilex"));
+  give(event, word, document.querySelector("#card-buttons input[type=file]"));
 }, true);
+// gradio's button reads the clipboard; a picture that is pasted anywhere goes to the first empty card, else to A
+document.addEventListener("paste", (event) => {
+  const picture = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
+  const zones = [...document.querySelectorAll(".card .picture")].filter((zone) => zone.offsetParent);
+  const zone = zones.find((one) => !one.closest(".card").querySelector(".picture img, .card-note p")) ?? zones[0];
+  give(event, picture, zone?.querySelector("input[type=file]"));
+}, true);
+// gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them
+new MutationObserver(() => {
+  for (const image of document.querySelectorAll("#examples img[alt='']"))
+    image.alt = "Example: " + image.src.split("/").pop().split(".")[0];
+  for (const text of document.querySelectorAll("label:has(button) textarea:not([aria-label])"))
+    text.setAttribute("aria-label", text.closest("label").querySelector("span").innerText);
+}).observe(document, { childList: true, subtree: true });
 document.addEventListener("dragover", (event) => event.preventDefault());
 </script>"""
 

@@ -53,6 +53,16 @@ def set_slider(page: Page, name: str, value: int) -> None:
     box.press("Tab")
 
 
+def start_long(page: Page) -> None:
+    """Asks for more than a test can wait for, and returns while it is drawn."""
+    page.locator("#prompt textarea").fill("a blue house")
+    open_settings(page)
+    set_slider(page, "num-inference-steps", 100)
+    set_slider(page, "num-images", 8)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 100"))
+
+
 def download(page: Page, address: str) -> bytes:
     response = page.request.get(address)
     assert response.ok and response.headers["content-type"] == "image/png"
@@ -102,12 +112,7 @@ def test_a_kept_seed_gives_the_same_picture_and_a_free_one_another(page: Page) -
 
 
 def test_stop_ends_the_work_within_a_step_and_the_next_request_works(page: Page, server: Server) -> None:
-    page.locator("#prompt textarea").fill("a blue house")
-    open_settings(page)
-    set_slider(page, "num-inference-steps", 100)
-    set_slider(page, "num-images", 8)
-    page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#status")).to_contain_text(re.compile(r"step \d+ of 100"))
+    start_long(page)
     for stop in ("Escape", "button"):
         page.keyboard.press("Escape") if stop == "Escape" else page.get_by_role("button", name="Stop").click()
         expect(page.locator("#status")).to_contain_text("Stopped")
