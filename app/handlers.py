@@ -70,7 +70,7 @@ class Handlers:
     @property
     def max_tokens(self) -> int:
         """The most tokens the pooler gives."""
-        return self.pipeline.vilex.pooler.config.num_queries if self.pipeline else MAX_TOKENS
+        return self.pipeline.max_tokens if self.pipeline else MAX_TOKENS
 
     def ready(self) -> VilexPipeline:
         """The pipeline. Raises ValueError, with the command that gets them, when there are no weights."""

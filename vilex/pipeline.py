@@ -99,6 +99,16 @@ class VilexPipeline:
     def dtype(self) -> torch.dtype:
         return self.t2i.denoiser.dtype
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a picture."""
+        return self.vilex.pooler.config.num_queries
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the model draws small pixels rather than latents."""
+        return self.t2i.embedded
+
     @cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that tie `.vilex` files to these weights."""
