@@ -97,10 +97,8 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int) -
 
 def load_later(folder: Path, device: str | None, dtype: str | None, steps: int) -> tuple[Handlers, Notes]:
     """The same for a model that is loaded when somebody opens its page."""
-    pipeline = LaterPipeline(
-        folder, partial(VilexPipeline.from_pretrained, str(folder), device=device, dtype=dtype)
-    )  # fmt: skip
-    return serve(pipeline, folder), Notes(steps, licence=weights_licence(folder))
+    load_it = partial(VilexPipeline.from_pretrained, str(folder), device=device, dtype=dtype)
+    return serve(LaterPipeline(folder, load_it), folder), Notes(steps, licence=weights_licence(folder))
 
 
 def serve(pipeline: VilexPipeline | LaterPipeline, folder: Path) -> Handlers:
