@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 try:  # on a Space with ZeroGPU, which must hear of it before torch does
@@ -13,6 +14,7 @@ import click
 
 from app.engine import Engine
 from app.handlers import Handlers, measure
+from app.models import LaterPipeline, named_models, other_folders
 from app.ui import Notes, build_demo, launch_options, weights_licence
 from vilex.checkpoint import find_weights
 from vilex.config import GenerationConfig
@@ -34,7 +36,12 @@ def parse_auth(_: click.Context, __: click.Parameter, text: str | None) -> tuple
 
 
 @click.command()
-@click.option("--model", help="Folder, name in assets/weights, or hub id.  [env: VILEX_WEIGHTS]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Folder, name in assets/weights, or hub id; again for others to switch to.  [env: VILEX_WEIGHTS]",
+)
 @click.option("--device", help="cuda, mps or cpu; by default the first there is.  [env: VILEX_DEVICE]")
 @click.option("--dtype", help="float32, bfloat16 or float16 of the denoiser.  [env: VILEX_DTYPE]")
 @click.option("--offload", is_flag=True, help="Keep weights off the GPU while they are not at work: slower, smaller.")
@@ -48,7 +55,7 @@ def parse_auth(_: click.Context, __: click.Parameter, text: str | None) -> tuple
               help="Asks every visitor for this name and password.")  # fmt: skip
 @click.option("--mcp", is_flag=True, envvar="GRADIO_MCP_SERVER", help="Also serves the app's functions as MCP tools.")
 def main(
-    model: str | None,
+    models: tuple[str, ...],
     device: str | None,
     dtype: str | None,
     offload: bool,
@@ -66,10 +73,12 @@ def main(
         pick_dtype(dtype, pick_device(device))
         if offload:
             require_offload(pick_device(device))
+        folders = other_folders(named := named_models(models))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    handlers, notes = load(model, device, dtype, steps, offload)
-    demo = build_demo(handlers, notes)
+    handlers, notes = load(next(iter(named), None), device, dtype, steps, offload)
+    others = [load_later(folder, device, dtype, steps, offload) for folder in folders] if handlers.pipeline else []
+    demo = build_demo(handlers, notes, others)
     try:
         demo.launch(
             server_name=host,
@@ -102,8 +111,21 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int, o
         click.echo(f"No weights: {error}", err=True)
         return Handlers(None, problem=str(error)), Notes(steps=steps)
     notes = Notes(steps, measure(pipeline), pipeline.device.type, licence)
+    return serve(pipeline, folder), notes
+
+
+def load_later(
+    folder: Path, device: str | None, dtype: str | None, steps: int, offload: bool
+) -> tuple[Handlers, Notes]:  # fmt: skip
+    """The same for a model that is loaded when somebody opens its page."""
+    load_it = partial(VilexPipeline.from_pretrained, str(folder), device=device, dtype=dtype, offload=offload)
+    return serve(LaterPipeline(folder, load_it), folder), Notes(steps, licence=weights_licence(folder))
+
+
+def serve(pipeline: VilexPipeline | LaterPipeline, folder: Path) -> Handlers:
+    """The handlers of a model, with an engine of its own."""
     engine = Engine(pipeline, wrap=spaces.GPU if spaces else None)
-    return Handlers(pipeline, build_upsampler(), folder=folder, engine=engine), notes
+    return Handlers(pipeline, build_upsampler(), folder=folder, engine=engine)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from app import table
+from app.messages import in_words
 from app.studio import Studio
 from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.cli import main as command_line
@@ -30,15 +32,16 @@ _ALWAYS = (
 )
 
 
-def build_about(studio: Studio) -> None:
-    """Lays out the tab; nothing in it computes."""
+def build_about(studio: Studio, tab: gr.Tab) -> None:
+    """Lays out the tab; the facts come when it is opened, since a model may not be loaded before."""
     pipeline, folder = studio.handlers.pipeline, studio.handlers.folder
     if pipeline is None:
         gr.HTML(without_weights(studio.handlers.problem), label="What to do")
     else:
         card = read_card(folder) if folder else ModelCard(_NO_CARD)
         limits, rest = split_limits(card.text)
-        gr.HTML(about_weights(pipeline, card), label="The weights in use")
+        known = gr.HTML("", label="The weights in use", elem_id="facts")
+        tab.select(partial(_facts, pipeline, card), None, known, show_progress="hidden", api_visibility="private")
         gr.Markdown(f"## What it cannot do\n{_ALWAYS}\n\n{limits}", elem_id="limits")
         with gr.Accordion("Model card", open=False):
             gr.Markdown(rest, elem_id="model-card")
@@ -85,6 +88,11 @@ def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
         ("Device and number format", f"{pipeline.device.type}, {str(pipeline.dtype).removeprefix('torch.')}"),
     ]
     return rows + [(label, _text(own[key])) for key, label in _SHOWN.items() if own.get(key)]
+
+
+def _facts(pipeline: VilexPipeline, card: ModelCard) -> str:
+    with in_words():
+        return about_weights(pipeline, card)
 
 
 def about_weights(pipeline: VilexPipeline, card: ModelCard) -> str:

@@ -1,6 +1,7 @@
 """The left side of the page: picture cards, the prompt with its budget bar, the buttons, and all settings folded."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gradio as gr
@@ -48,10 +49,11 @@ class Panel:
     polish: tuple[gr.Slider, gr.Button]
     link: gr.Button
     linked: list[Component]
+    model: gr.Dropdown
 
 
-def build_panel(handlers: Handlers, steps: int) -> Panel:
-    """The left side, not yet wired."""
+def build_panel(handlers: Handlers, steps: int, models: Sequence[str] = ()) -> Panel:
+    """The left side, not yet wired; `models` are the names to choose from, the first the app's own."""
     with gr.Row(elem_id="cards"):
         built = [_build_card(handlers, i) for i in range(MAX_CARDS)]
     arrival = gr.Textbox("", label="Arrival of picture A", elem_classes="unseen")
@@ -72,13 +74,13 @@ def build_panel(handlers: Handlers, steps: int) -> Panel:
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
     with gr.Column(elem_id="settings"):
-        more, lock, dice, view, embed = _build_settings(handlers, steps)
+        more, lock, dice, view, embed, model = _build_settings(handlers, steps, models)
         keep, kept, polish = _build_keeping()
         link, linked = _build_linking()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
         cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
-        keep, kept, polish, link, linked,
+        keep, kept, polish, link, linked, model,
     )  # fmt: skip
 
 
@@ -122,10 +124,15 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
 
 
 def _build_settings(
-    handlers: Handlers, steps: int
-) -> tuple[dict[str, Component], gr.Checkbox, gr.Button, gr.Radio, gr.Checkbox]:
+    handlers: Handlers, steps: int, models: Sequence[str]
+) -> tuple[dict[str, Component], gr.Checkbox, gr.Button, gr.Radio, gr.Checkbox, gr.Dropdown]:
     more: dict[str, Component] = {}
     with gr.Accordion("Settings", open=False, elem_id="more"):
+        model = gr.Dropdown(
+            list(models), value=handlers.pipeline.name if models else None, label="Model", filterable=False,
+            visible=len(models) > 1, elem_id="model",
+            info="Opens its page. Codes and .vilex files of a picture belong to the model that made them.",
+        )  # fmt: skip
         more["num_images"] = slider("num_images", "Pictures at once", value=4, step=1)
         with gr.Row(elem_id="seeds"):
             more["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=110, scale=1, elem_id="seed")
@@ -149,7 +156,7 @@ def _build_settings(
             )
             more["guidance_low"] = slider("guidance_low", "Guidance from noise level", step=0.05)
             more["guidance_high"] = slider("guidance_high", "Guidance to noise level", step=0.05)
-    return more, lock, dice, view, embed
+    return more, lock, dice, view, embed, model
 
 
 def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Button]]:
@@ -190,5 +197,5 @@ def slider(
 
 def _schedulers(handlers: Handlers) -> list[str]:
     # Euler is for latent models: nothing clips it in pixel space
-    is_embedded = handlers.pipeline is None or handlers.pipeline.t2i.embedded
+    is_embedded = handlers.pipeline is None or handlers.pipeline.is_embedded
     return [name for name in SCHEDULERS if not (is_embedded and name == "euler")]

@@ -1,5 +1,7 @@
 """The page: what stands where, and what its keys do; each tab lays itself out in the file of its name."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -19,6 +21,7 @@ from app.inspector import build_inspector
 from app.ladder import build_ladder
 from app.link import wire_link
 from app.messages import duration
+from app.models import page_path
 from app.panel import Panel, build_panel
 from app.pictures import RANDOM_SEED, build_gallery, build_pictures
 from app.polish import wire_polish
@@ -90,23 +93,36 @@ class Notes:
     licence: str = ""
 
 
-def build_demo(handlers: Handlers, notes: Notes = Notes()) -> gr.Blocks:
-    """The page, wired; `launch(**launch_options())` shows it."""
+def build_demo(
+    handlers: Handlers, notes: Notes = Notes(), others: Sequence[tuple[Handlers, Notes]] = ()
+) -> gr.Blocks:  # fmt: skip
+    """The page, wired, and one for each other model; `launch(**launch_options())` shows it."""
+    names = [each.pipeline.name for each in (handlers, *(other for other, _ in others)) if others]
     with gr.Blocks(title="ViLex: an image is a word", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
-        gr.HTML(_header(handlers, notes), elem_id="header")
-        with gr.Row(elem_id="sides"):
-            with gr.Column(scale=5, min_width=300, elem_id="left"):
-                panel = build_panel(handlers, notes.steps)
-            with gr.Column(scale=7, min_width=300, elem_id="right"):
-                studio, results, history = _build_results(handlers, panel)
-                examples = _build_examples(panel)
-        gr.HTML(_footer(handlers, notes), elem_id="small-print")
-        shown = _wire(demo, studio, panel, examples)
-        page = build_page(studio, panel, shown, history[0])
-        loaded = wire_history(demo, studio, panel, page, *history[1:], results)
-        for listen in (loaded.then, panel.view.change):
-            listen(None, panel.view, None, js=_SHOW_VIEW, api_visibility="private")
+        _build_page(demo, handlers, notes, names)
+    for (other, its_notes), name in zip(others, names[1:], strict=True):
+        with demo.route(name, page_path(name), show_in_navbar=False):
+            _build_page(demo, other, its_notes, names)
     return demo.queue(max_size=MAX_WAITING)
+
+
+def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Sequence[str]) -> None:
+    gr.HTML(_header(handlers, notes), elem_id="header")
+    with gr.Row(elem_id="sides"):
+        with gr.Column(scale=5, min_width=300, elem_id="left"):
+            panel = build_panel(handlers, notes.steps, models)
+        with gr.Column(scale=7, min_width=300, elem_id="right"):
+            studio, results, history = _build_results(handlers, panel)
+            examples = _build_examples(panel)
+    gr.HTML(_footer(handlers, notes), elem_id="small-print")
+    shown = _wire(demo, studio, panel, examples)
+    page = build_page(studio, panel, shown, history[0])
+    loaded = wire_history(demo, studio, panel, page, *history[1:], results)
+    for listen in (loaded.then, panel.view.change):
+        listen(None, panel.view, None, js=_SHOW_VIEW, api_visibility="private")
+    paths = {name: page_path(name) if i else "" for i, name in enumerate(models)}
+    go = f"(name) => {{ location.assign('./' + {json.dumps(paths)}[name]) }}"
+    panel.model.input(None, panel.model, None, js=go, api_visibility="private")
 
 
 def launch_options() -> dict[str, Any]:
@@ -140,8 +156,8 @@ def _build_results(
         with gr.Tab("History", id="history"):
             history = build_history()
             build_similar(studio, history[0], _example_files())
-        with gr.Tab("About", id="about"):
-            build_about(studio)
+        with gr.Tab("About", id="about") as about:
+            build_about(studio, about)
     return studio, [*rungs, studio.gallery], history
 
 

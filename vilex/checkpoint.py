@@ -23,13 +23,13 @@ _MAX_NAMED = 5  # tensors an error message lists before it only counts
 
 
 def find_weights(model: str | None = None) -> str:
-    """The folder of a model: `model`, else VILEX_WEIGHTS, else the default in the checkout.
+    """The folder of a model: `model`, else the first of VILEX_WEIGHTS, else the default in the checkout.
 
     `model` is a folder, the name of a folder in assets/weights, or a hub id, which is downloaded, of a repository of
     diffusers only its small files; nothing is downloaded that was not named.
     Raises ValueError with the command that gets the weights when there are none.
     """
-    wanted = model or os.environ.get("VILEX_WEIGHTS")
+    wanted = model or os.environ.get("VILEX_WEIGHTS", "").split(",")[0].strip()  # the app takes several
     if wanted:
         return _resolve(wanted)
     default = WEIGHTS_FOLDER / DEFAULT_MODEL

@@ -126,6 +126,11 @@ class VilexPipeline:
     def dtype(self) -> torch.dtype:
         return self.t2i.denoiser.dtype
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the model draws small pixels rather than latents."""
+        return self.t2i.embedded
+
     @cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that tie `.vilex` files to these weights; without an encoder, to the space of words."""

@@ -150,7 +150,7 @@ def test_a_link_brings_the_page_back_and_no_server_sees_it(browser: Browser, pag
     page.locator("#prompt textarea").fill("<image>, at <night>")
     page.get_by_role("button", name="Link to this page").click()
     page.get_by_role("button", name="Copy a link to this page").click()
-    expect(page.locator("#link-note")).to_contain_text(re.compile(r"\d+ of 75 tokens of A.*It is copied"))
+    expect(page.locator("#link-note")).to_contain_text(re.compile(r"\d+ of 75 tokens of A.*It is copied"), timeout=SLOW)
     link = page.evaluate("navigator.clipboard.readText()")
     assert link.startswith(f"{server.url}/#vilex=") and len(link) < 8000
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
@@ -169,7 +169,8 @@ def test_a_link_brings_the_page_back_and_no_server_sees_it(browser: Browser, pag
 
 def test_a_damaged_link_gives_a_sentence_and_the_page_works(page: Page, server: Server) -> None:
     page.goto(f"{server.url}/#vilex=damaged")
-    expect(page.get_by_test_id("toast-body")).to_contain_text("This link cannot be opened: the link is damaged")
+    damaged = "This link cannot be opened: the link is damaged"
+    expect(page.get_by_test_id("toast-body")).to_contain_text(damaged, timeout=SLOW)
     expect(page.get_by_test_id("toast-body")).to_have_count(1)
     open_settings(page)
     assert load_recipe(draw_one(page, "a red boat")).prompt == "a red boat"
@@ -177,6 +178,8 @@ def test_a_damaged_link_gives_a_sentence_and_the_page_works(page: Page, server: 
 
 def test_pictures_are_sorted_by_likeness_to_picture_a(page: Page, tmp_path: Path) -> None:
     choose(page, CACTUS)
+    wait_rebuilt(page)
+    expect(page.locator("#status")).to_contain_text("Rebuilt in")
     (tmp_path / "twin.png").write_bytes(CACTUS.read_bytes())
     page.get_by_role("tab", name="History").click()
     page.get_by_role("button", name="Which pictures are most like picture A?").click()
