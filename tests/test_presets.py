@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 import training
+from safetensors.torch import save_file
 from training import assert_same, checkpoint, reset_accelerate, snapshot
 
 from train import train_t2i, train_vilex
+from train.encoder_init import EncoderInit
 from train.presets import PAPER_SCHEDULE, PRESETS
 from vilex.config import EncoderConfig
 from vilex.encoder import build_encoder
@@ -67,7 +69,7 @@ def test_train_t2i_has_nothing_to_train_for_a_finished_model(name, tmp_path):
     ],
 )
 def test_the_presets_start_of_the_tower_gives_way_to_what_is_asked_for(given, init_from, default, tag):
-    assert train_vilex.read_encoder_init(given, None, init_from, 0, default) == (None, tag)
+    assert train_vilex.read_encoder_init(given, None, init_from, 0, default) == EncoderInit(pretrained=tag)
 
 
 @pytest.fixture
@@ -118,6 +120,24 @@ def test_sd15_trains_tower_and_pooler_through_stable_diffusion(small, stable_dif
     pipeline = VilexPipeline.from_pretrained(str(tmp_path / "out" / "weights"), device="cpu", dtype="float32")
     assert pipeline.vilex.encoder.config.open_clip == "tiny-tower"
     assert (tmp_path / "out" / "ladder-000002.png").is_file()
+
+
+def test_another_librarys_tower_takes_the_place_of_the_presets(small, stable_diffusion, tmp_path):
+    stable_diffusion.save_pretrained(tmp_path / "sd", dtype=torch.float32)
+    training.write_table(tmp_path / "pictures.parquet")
+    torch.manual_seed(6)
+    before = timm.create_model("test_vit", img_size=32, num_classes=0).state_dict()
+    save_file(before, tmp_path / "whole.safetensors")
+    flags = ("--preset", "sd15", "--t2i", tmp_path / "sd", "--data", tmp_path / "pictures.parquet", "--fp32")
+    flags += ("--encoder-init", f"timm:test_vit:{tmp_path / 'whole.safetensors'}", "--encoder-size", 32)
+    training.succeed(train_vilex.main, *flags, "--max-steps", 1, "--out", tmp_path / "out")
+
+    after = checkpoint(tmp_path / "out")["module"]["encoder.tower.trunk.patch_embed.proj.weight"]
+    assert not torch.equal(after, before["patch_embed.proj.weight"])
+    assert torch.allclose(after, before["patch_embed.proj.weight"], atol=1e-4)  # it started from the file
+    pipeline = VilexPipeline.from_pretrained(str(tmp_path / "out" / "weights"), device="cpu", dtype="float32")
+    encoder = pipeline.vilex.encoder
+    assert (encoder.config.timm, encoder.size, encoder.num_patches) == ("test_vit", (32, 32), 4)
 
 
 def test_gradient_reaches_the_tower_and_no_frozen_part(small, stable_diffusion, tower, tmp_path, monkeypatch):

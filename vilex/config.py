@@ -139,10 +139,15 @@ SCHEDULERS = ("dpm++", "ddim", "euler")
 class EncoderConfig(Config):
     """A vision tower giving patch tokens (B,P,D).
 
-    `open_clip` names one of open_clip's towers; without it the ViT of the other fields is built.
+    `open_clip` or `timm` names a tower of that library, `transformers` holds the settings of one, model_type among
+    them; without any the ViT of the fields from image_size on is built. tower_size is the height and width that a
+    library's tower reads in pixels, its own where empty.
     """
 
     open_clip: str = ""
+    timm: str = ""
+    transformers: dict[str, Any] = field(default_factory=dict, hash=False)
+    tower_size: tuple[int, ...] = ()
     image_size: int = setting(64, 8, 1024, "pixels")
     patch_size: int = setting(8, 2, 64, "pixels")
     width: int = setting(192, 8, 4096)
@@ -157,6 +162,17 @@ class EncoderConfig(Config):
             broken.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             broken.append(f"width {self.width} is not a multiple of heads {self.heads}")
+        return broken + self._broken_tower()
+
+    def _broken_tower(self) -> list[str]:
+        broken, named = [], [name for name in ("open_clip", "timm", "transformers") if getattr(self, name)]
+        if len(named) > 1:
+            broken.append(f"an encoder has one tower, got {' and '.join(named)}")
+        sides = self.tower_size
+        if sides and (len(sides) != 2 or not all(isinstance(side, int) and 8 <= side <= 4096 for side in sides)):
+            broken.append(f"tower_size must be empty or a height and a width between 8 and 4096, got {sides!r}")
+        if self.transformers and not sides:
+            broken.append("a tower of transformers needs its tower_size")
         return broken
 
 

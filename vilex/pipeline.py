@@ -110,14 +110,17 @@ class VilexPipeline:
         """Where on the picture each token's query looked, (N,h,w) over the encoder's patches; each map sums to 1.
 
         Of the pooler's last block, mean over heads. The map covers what the encoder sees (`fit_image`), and a tower's
-        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no square.
+        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no grid in
+        the shape of what the encoder reads.
         """
         patch_tokens = self.vilex.encoder(self._pixels([image], fit))  # (1,P,D_vit)
         maps = self.vilex.pooler.attention_maps(patch_tokens)[0]  # (N,P)
-        side = math.isqrt(maps.shape[1])
-        if side**2 != maps.shape[1]:
+        height, width = self.vilex.encoder.size
+        rows = round(math.sqrt(maps.shape[1] * height / width))
+        columns = round(rows * width / height)
+        if rows * columns != maps.shape[1]:
             raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
-        return maps.unflatten(1, (side, side))  # (N,h,w)
+        return maps.unflatten(1, (rows, columns))  # (N,h,w)
 
     def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
         """vilex_tokens (N,D) that say more or less: 0 is the average word of the text encoder, 1 leaves them alone.
