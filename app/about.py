@@ -77,7 +77,7 @@ def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
         ("Licence", _text(own.get("license_name") or own.get("license") or "none is named")),
         ("Parameters", ", ".join(f"{name} {_millions(module)}" for name, module in sizes.items())),
         ("Picture as drawn", f"{t2i.image_size} x {t2i.image_size} pixels"),
-        ("Tokens of a picture", f"1 to {pipeline.vilex.pooler.config.num_queries}, {t2i.text_width} numbers each"),
+        ("Tokens of a picture", f"1 to {pipeline.max_tokens}, {t2i.text_width} numbers each"),
         ("Positions of a prompt", str(t2i.config.context_length)),
         ("Fingerprint", pipeline.fingerprint),
         ("Device and number format", f"{pipeline.device.type}, {str(pipeline.dtype).removeprefix('torch.')}"),

@@ -9,7 +9,7 @@ import torch
 
 from app.cards import CardInput, unpack
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse, special_tokens, tokenize
+from vilex.prompt import parse, tokenize
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,6 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
     names = [card.name for card in cards]
     tokens = [torch.zeros(_asked(pipeline, card), pipeline.t2i.text_width) for card in cards]
     composed = pipeline.compose(prompt, tokens, names=names)
-    special = special_tokens(pipeline.t2i.tokenizer)
-    capacity = pipeline.t2i.config.context_length - len(special.prefix) - len(special.suffix)
     parts, words_left = [], composed.num_words
     for segment in parse(prompt, len(cards), names):
         if isinstance(segment, int):
@@ -58,12 +56,12 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
         for text, asked in _words(pipeline, segment):
             parts.append(Part("word", text, min(asked, words_left), asked))
             words_left -= parts[-1].slots
-    return Budget(parts, capacity, composed.note)
+    return Budget(parts, pipeline.t2i.max_tokens, composed.note)
 
 
 def _asked(pipeline: VilexPipeline, card: CardInput) -> int:
     has_picture = card.picture is not None
-    most = pipeline.vilex.pooler.config.num_queries if has_picture else len(unpack(card.word).vilex_tokens)
+    most = pipeline.max_tokens if has_picture else len(unpack(card.word).vilex_tokens)
     return min(int(card.num_tokens), most)
 
 

@@ -76,7 +76,7 @@ def test_metrics_figure_and_samples_are_written(folder, stand_ins):
 def test_bad_arms_are_refused_before_anything_is_loaded(folder, arms):
     result = CliRunner().invoke(evaluate.main, ["--data", str(folder), "--out", str(folder), "--arms", arms])
     assert result.exit_code == 2
-    assert "an arm is text, dense or a number of tokens from 1 to 75" in result.output
+    assert "an arm is text, dense or a number of tokens from 1 to 511" in result.output
 
 
 def test_a_bad_path_is_one_sentence(folder):

@@ -39,7 +39,7 @@ from train.run import RunOptions, TrainingRun, load_data, override, start, train
 from train.state import CHECKPOINT_NAME, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
 from train.words import spell_captions
-from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.config import GenerationConfig, token_budgets
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.encoder import build_encoder
 from vilex.images import contact_sheet, to_images
@@ -136,8 +136,7 @@ class VilexRun(TrainingRun):
 
     @property
     def _max_tokens(self) -> int:
-        room = self.t2i.config.context_length - len(self.special.prefix) - len(self.special.suffix)
-        return min(self.module.pooler.config.num_queries, room)
+        return min(self.module.pooler.config.num_queries, self.t2i.max_tokens)
 
     def prompt(self, batch: Batch, vilex_tokens: Tensor, joint: bool) -> ComposedPrompt:
         """[v] or [v, c] of a batch."""
@@ -153,8 +152,8 @@ class VilexRun(TrainingRun):
         return compose_leading(word_ids, word_mask, vilex_tokens, self.special, length)
 
     @property
-    def _budgets(self) -> list[int]:
-        return [n for n in DEFAULT_BUDGETS if n <= self._max_tokens]
+    def _budgets(self) -> tuple[int, ...]:
+        return token_budgets(self._max_tokens)
 
     def condition(self, vilex_tokens: Tensor) -> Conditioning:
         """What the denoiser reads of pictures alone, each as its vilex_tokens (B,N,D)."""
@@ -212,14 +211,12 @@ def build_model(
     Raises ValueError when the saved ones do not fit the model.
     """
     if init_from is not None:
-        model = load_vilex(init_from)
-        VilexPipeline(t2i, model)  # refuses another width
-        return model
+        return VilexPipeline(t2i, load_vilex(init_from)).vilex  # refuses another width
     torch.manual_seed(seed)
     encoder = build_encoder(preset.encoder, pretrained)
     model = ViLex(encoder, replace(preset.pooler, patch_width=encoder.patch_width, text_width=t2i.text_width))
     model.pooler.init_output(*t2i.word_statistics())
-    return model
+    return VilexPipeline(t2i, model).vilex  # refuses more tokens than a prompt holds
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """Frozen latent models in diffusers layout: Stable Diffusion 1.x / 2.x, SDXL and Stable Diffusion 3.x."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -28,7 +29,7 @@ from transformers.utils import ModelOutput
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, recompose, special_tokens
+from vilex.prompt import ComposedPrompt, recompose, shorten, special_tokens
 from vilex.t2i import Conditioning, TextToImage, read_words
 
 _ZERO_EMPTY = "force_zeros_for_empty_prompt"  # in model_index.json
@@ -49,10 +50,11 @@ class LatentModel(TextToImage):
         denoiser: nn.Module,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL,
+        context_length: int | None = None,
     ) -> None:
         positions = text_encoders[0].config.max_position_embeddings
-        length = min(tokenizers[0].model_max_length, positions)
-        config = T2IConfig(context_length=length, text_encoder="")
+        self.clip_length = min(tokenizers[0].model_max_length, positions)
+        config = T2IConfig(context_length=context_length or self.clip_length, text_encoder="")
         super().__init__(config, tokenizers, text_encoders, denoiser, scheduler, vae)
         _require_supported(denoiser, vae)
 
@@ -96,9 +98,10 @@ class LatentModel(TextToImage):
         return self.vae.decode(latents / settings.scaling_factor + (settings.shift_factor or 0)).sample.clamp(-1, 1)
 
     def _read_clip(self, index: int, prompt: ComposedPrompt, vectors: Tensor) -> ModelOutput:
-        """What one of the CLIP encoders makes of the prompt, padded as its own tokenizer does."""
+        """What one of the CLIP encoders makes of what it has positions for, padded as its own tokenizer does."""
+        prompt = shorten(replace(prompt, vectors=vectors), special_tokens(self.tokenizer), self.clip_length)
         ids = prompt.input_ids.where(prompt.attention_mask, self.tokenizers[index].pad_token_id)
-        return read_words(self.text_encoders[index], ids, prompt.slots, vectors, output_hidden_states=True)
+        return read_words(self.text_encoders[index], ids, prompt.slots, prompt.vectors, output_hidden_states=True)
 
 
 class StableDiffusion(LatentModel):
@@ -187,9 +190,9 @@ class StableDiffusion3(LatentModel):
     """Stable Diffusion 3.x: a transformer that predicts a flow, two CLIP text encoders and T5.
 
     All three carry ViLex tokens: CLIP for the pooled vector that steers every block, T5 for most of the states.
-    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew; its longer context keeps words that
-    do not fit CLIP's. Noise is added as (1 - s) x0 + s noise, timesteps are 1000 s, and s in (0,1] is drawn in
-    training as the model's own was: logit-normal, shifted.
+    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew. A prompt is as long as T5's context, of
+    which CLIP reads the first 75 words and tokens. Noise is added as (1 - s) x0 + s noise, timesteps are 1000 s, and
+    s in (0,1] is drawn in training as the model's own was: logit-normal, shifted.
     Source: Esser et al. 2024.
     """
 
@@ -207,7 +210,9 @@ class StableDiffusion3(LatentModel):
         vae: AutoencoderKL,
         t5_length: int = T5_LENGTH,
     ) -> None:
-        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
+        own, other = (special_tokens(tokenizers[i]) for i in (0, 2))
+        around = len(own.prefix) + len(own.suffix) - len(other.prefix) - len(other.suffix)  # CLIP's BOS, which T5 lacks
+        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae, t5_length + around)
         _require_one_vocabulary(*tokenizers[:2])
         if scheduler.config.use_dynamic_shifting:
             raise ValueError("the scheduler shifts its timesteps with the picture's size, which is not supported")

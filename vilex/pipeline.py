@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vilex.checkpoint import find_weights, weights_name
 from vilex.codes import fingerprint
-from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
+from vilex.config import DEFAULT_BUDGETS, DEFAULT_TOKENS, MAX_PROMPT_CHARS, GenerationConfig, Range, check_range
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
@@ -51,6 +51,9 @@ class VilexPipeline:
                 f"the text-to-image model expects tokens of width {t2i.text_width}, "
                 f"the pooler gives {vilex.pooler.config.num_queries} x {vilex.pooler.config.text_width}"
             )
+        queries, limit = vilex.pooler.config.num_queries, max(DEFAULT_TOKENS, t2i.max_tokens)
+        if queries > limit:  # of the default, a short context cuts the tail
+            raise ValueError(f"a prompt of the text-to-image model holds {limit} tokens, the pooler gives {queries}")
         self.t2i, self.vilex, self.name = t2i, vilex.eval().requires_grad_(False), name
 
     @classmethod
@@ -96,12 +99,29 @@ class VilexPipeline:
         """12 hexadecimal digits that tie `.vilex` files to these weights."""
         return fingerprint(self.vilex)
 
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens of a picture: the pooler's."""
+        return self.vilex.pooler.config.num_queries
+
+    def _within(self, num_tokens: int | None) -> int:
+        """A budget as it is; all tokens without one. Raises ValueError for more than there can be."""
+        if num_tokens is None:
+            return self.max_tokens
+        # What is usual may be asked of a pooler that has less
+        check_range("num_tokens", num_tokens, Range(1, max(self.max_tokens, DEFAULT_TOKENS)))
+        return num_tokens
+
     @torch.no_grad()
     def encode(
-        self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop"
+        self, images: Image.Image | Sequence[Image.Image], num_tokens: int | None = None, fit: Fit = "crop"
     ) -> Tensor:
-        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has."""
-        num_tokens = min(num_tokens, self.vilex.pooler.config.num_queries)
+        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has, and that without
+        num_tokens.
+
+        Raises ValueError for a num_tokens above 75 that the pooler does not have.
+        """
+        num_tokens = min(self._within(num_tokens), self.max_tokens)
         images = [images] if isinstance(images, Image.Image) else list(images)
         return self.vilex(self._pixels(images, fit), num_tokens)
 
@@ -152,7 +172,7 @@ class VilexPipeline:
         self,
         prompt: str,
         images: Sequence[Word] = (),
-        num_tokens: int = MAX_TOKENS,
+        num_tokens: int | None = None,
         names: Sequence[str] = (),
         fit: Fit = "crop",
     ) -> ComposedPrompt:
@@ -238,12 +258,12 @@ class VilexPipeline:
             notes.append("text-free guidance has no effect without words")
         return "; ".join(note for note in notes if note)
 
-    def _tokens(self, word: Word, num_tokens: int, fit: Fit) -> Tensor:
+    def _tokens(self, word: Word, num_tokens: int | None, fit: Fit) -> Tensor:
         """vilex_tokens (N,D) of a picture, or the first of tokens that are given."""
         if isinstance(word, Tensor):
             if word.ndim != 2 or not len(word) or word.shape[1] != self.t2i.text_width:
                 raise ValueError(f"expects tokens of width {self.t2i.text_width}, got shape {tuple(word.shape)}")
-            return word[:num_tokens].to(self.device)
+            return word[: self._within(num_tokens)].to(self.device)
         return self.encode(word, num_tokens, fit)[0]
 
     def conditions(
