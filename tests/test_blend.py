@@ -116,7 +116,7 @@ def test_the_chosen_picture_becomes_the_word_of_a_card_and_draws_the_same(tab, c
         ("cross_fade", {"first": "<b>"}, "The picture must be one of A, B, C, D, got '&lt;b&gt;'"),
         ("cross_fade", {"view": "huge"}, "view must be one of enlarged, raw, got 'huge'"),
         ("cross_fade", {"seed": -1}, "seed must be between 0 and"),
-        ("graft", {"cut": 512}, "cut must be between 0 and 511, got 512"),
+        ("graft", {"cut": 76}, "cut must be between 0 and 75, got 76"),
         ("graft", {"cut": None}, "cut must be a number, got None"),
         ("algebra", {"minus": " ", "plus": ""}, "Write words to take away or words to add"),
         ("algebra", {"plus": 3}, "The text to add must be text, got int"),

@@ -236,6 +236,7 @@ def test_models_of_other_kinds_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"transformers": "owner/name"}, "transformers must be an object with settings, got 'owner/name'"),
         ({"transformers": {"model_type": "vit"}}, "is one of clip_vision_model, .*, got 'vit'"),
         ({"transformers": {"model_type": ["dinov2"]}}, r"is one of clip_vision_model, .*, got \['dinov2'\]"),
         ({"transformers": DINO | {"model_type": "dinov2", "auto_map": {}}}, "Dinov2Model has no setting 'auto_map'"),

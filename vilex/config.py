@@ -177,6 +177,8 @@ class EncoderConfig(Config):
         sides = self.tower_size
         if sides and (len(sides) != 2 or not all(isinstance(side, int) and 8 <= side <= 4096 for side in sides)):
             broken.append(f"tower_size must be empty or a height and a width between 8 and 4096, got {sides!r}")
+        if not isinstance(self.transformers, dict):
+            broken.append(f"transformers must be an object with settings, got {self.transformers!r}")
         if self.transformers and not sides:
             broken.append("a tower of transformers needs its tower_size")
         return broken

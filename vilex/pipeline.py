@@ -104,8 +104,8 @@ class VilexPipeline:
         """The most tokens of a picture: the pooler's."""
         return self.vilex.pooler.config.num_queries
 
-    def _within(self, num_tokens: int | None) -> int:
-        """A budget as it is; all tokens without one. Raises ValueError for more than there can be."""
+    def within(self, num_tokens: int | None) -> int:
+        """A budget of tokens as it is; all there are without one. Raises ValueError for more than there can be."""
         if num_tokens is None:
             return self.max_tokens
         # What is usual may be asked of a pooler that has less
@@ -121,7 +121,7 @@ class VilexPipeline:
 
         Raises ValueError for a num_tokens above 75 that the pooler does not have.
         """
-        num_tokens = min(self._within(num_tokens), self.max_tokens)
+        num_tokens = min(self.within(num_tokens), self.max_tokens)
         images = [images] if isinstance(images, Image.Image) else list(images)
         return self.vilex(self._pixels(images, fit), num_tokens)
 
@@ -263,7 +263,7 @@ class VilexPipeline:
         if isinstance(word, Tensor):
             if word.ndim != 2 or not len(word) or word.shape[1] != self.t2i.text_width:
                 raise ValueError(f"expects tokens of width {self.t2i.text_width}, got shape {tuple(word.shape)}")
-            return word[: self._within(num_tokens)].to(self.device)
+            return word[: self.within(num_tokens)].to(self.device)
         return self.encode(word, num_tokens, fit)[0]
 
     def conditions(
