@@ -13,7 +13,7 @@ from app.ladder import rung_name
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import read_settings, side_by_side
-from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.config import GenerationConfig, token_budgets
 from vilex.prompt import has_words
 
 TFG_SCALES = (0.0, 1.0, 3.0, 6.0)
@@ -27,9 +27,9 @@ class Balance:
     handlers: Handlers
 
     @property
-    def budgets(self) -> list[int]:
+    def budgets(self) -> tuple[int, ...]:
         """Token counts of the columns."""
-        return sorted({min(budget, self.handlers.max_tokens) for budget in DEFAULT_BUDGETS})
+        return token_budgets(self.handlers.max_tokens)
 
     @property
     def cells(self) -> list[tuple[int, float]]:
@@ -37,7 +37,7 @@ class Balance:
         return [(budget, tfg_scale) for tfg_scale in TFG_SCALES for budget in self.budgets]
 
     def draw(self, prompt: str, **values: Any) -> Iterator[tuple]:
-        """The prompt with its pictures over 1 to 75 tokens and text-free guidance 0 to 6, all from one noise.
+        """The prompt with its pictures over few to all tokens and text-free guidance 0 to 6, all from one noise.
 
         Gives a gallery that fills row by row, and a status line. The settings of steps and TFG are not read.
         """

@@ -14,7 +14,7 @@ from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings, read_whole, recipes_of, side_by_side
 from vilex.codes import VilexCode
-from vilex.config import CUT_RANGE, MAX_PROMPT_CHARS, GenerationConfig, Range, check_range
+from vilex.config import MAX_PROMPT_CHARS, GenerationConfig, Range, check_range
 from vilex.words import blend, graft
 
 CUTS = (1, 4, 16, 40)  # first tokens of A in a row of grafts
@@ -46,7 +46,7 @@ class Blend:
         with in_words():
             self.handlers.ready()
             config = self._settings(view, values)
-            cuts = sorted({read_whole("cut", cut, CUT_RANGE), *(CUTS if row else ())})
+            cuts = sorted({read_whole("cut", cut, Range(0, self.handlers.max_tokens)), *(CUTS if row else ())})
             a, b = (read_one(self.handlers, values, card, full=True).vilex_tokens for card in (first, second))
             words = {f"{cut} of {first}, then {second}": _grafted(a, b, cut) for cut in cuts}
             yield from self._draw(words, config, view, embed, "Grafting")

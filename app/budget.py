@@ -9,7 +9,7 @@ import torch
 
 from app.cards import CardInput, unpack
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse, parse_terms, special_tokens, tokenize
+from vilex.prompt import parse, parse_terms, tokenize
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,6 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
     names = [card.name for card in cards]
     tokens = [torch.zeros(_asked(pipeline, card), pipeline.t2i.text_width) for card in cards]
     composed = pipeline.compose(prompt, tokens, names=names)
-    special = special_tokens(pipeline.t2i.tokenizer)
-    capacity = pipeline.t2i.config.context_length - len(special.prefix) - len(special.suffix)
     parts, words_left = [], composed.num_words
     terms = parse_terms(prompt, len(cards), names)
     for segment in parse(prompt, len(cards), names):
@@ -59,7 +57,7 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
         for text, asked in _words(pipeline, segment):
             parts.append(Part("word", text, min(asked, words_left), asked))
             words_left -= parts[-1].slots
-    return Budget(parts, capacity, composed.note)
+    return Budget(parts, pipeline.t2i.max_tokens, composed.note)
 
 
 def _asked(pipeline: VilexPipeline, card: CardInput) -> int:

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from app.messages import tell
 from vilex.codes import VilexCode, from_bytes, from_text, to_bytes
-from vilex.config import MAX_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
+from vilex.config import DEFAULT_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
 from vilex.images import load_image
 from vilex.pipeline import VilexPipeline
 
 MAX_CARDS = 4
 NAMES = ("A", "B", "C", "D")  # of the cards, until the user names them
-_DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens": MAX_TOKENS, "fit": "crop"}
+_DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens": DEFAULT_TOKENS, "fit": "crop"}
 CARD_FIELDS = tuple(_DEFAULTS)
 _FILE = "vilex-file:"
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
@@ -93,7 +93,7 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
 
     Raises ValueError for a file that is no picture and a code that is damaged or of another model.
     """
-    image, count = None, MAX_TOKENS if full else int(card.num_tokens)
+    image, count = None, None if full else int(card.num_tokens)
     if card.picture is not None:
         image = open_upload(card.picture)
         tokens, source = pipeline.encode(image, count, card.fit)[0], stem(card.picture)

@@ -23,7 +23,7 @@ from app.ladder import rung_name
 from app.messages import Clock, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings
-from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.config import GenerationConfig, token_budgets
 from vilex.images import fit_image
 from vilex.prompt import parse
 from vilex.sampling import Conditions
@@ -132,7 +132,7 @@ class Compare:
     @property
     def arms(self) -> dict[str, int | None]:
         """What can be compared: the words alone, or a count of the picture's tokens."""
-        budgets = sorted({min(budget, self.handlers.max_tokens) for budget in DEFAULT_BUDGETS})
+        budgets = token_budgets(self.handlers.max_tokens)
         return {WORDS: None} | {rung_name(budget): budget for budget in budgets}
 
     def draw(self, card: str, first: str, second: str, prompt: str, view: str, **values: Any) -> Iterator[tuple]:

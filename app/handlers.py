@@ -21,13 +21,13 @@ from app.cards import PictureWord, Upload, names_of, open_upload, read_card, tak
 from app.engine import Engine, Waiting
 from app.messages import Clock, duration, finished, in_words, waiting
 from vilex.codes import load_code, save_code, to_text
-from vilex.config import MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, GenerationConfig
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import has_words
 from vilex.recipe import Recipe, build_recipe, build_recipe_image, save_png
 from vilex.sampling import Conditions, Step
-from vilex.upsampler import Upsampler
+from vilex.upsampler import SMALL_SIDE, Upsampler
 
 MAX_COPIED = 4  # tokens; a code of more is too long to copy by hand
 VIEWS = ("enlarged", "raw")
@@ -70,7 +70,7 @@ class Handlers:
     @property
     def max_tokens(self) -> int:
         """The most tokens of a picture."""
-        return self.pipeline.max_tokens if self.pipeline else MAX_TOKENS
+        return self.pipeline.max_tokens if self.pipeline else DEFAULT_TOKENS
 
     def ready(self) -> VilexPipeline:
         """The pipeline. Raises ValueError, with the command that gets them, when there are no weights."""
@@ -134,7 +134,7 @@ class Handlers:
     def read(self, values: dict[str, Any]) -> tuple[list[PictureWord], GenerationConfig]:
         """Cards and settings of a request; the settings are checked before a picture is opened."""
         cards = take_cards(values)
-        config = build_config(**values, num_tokens=max((card.num_tokens for card in cards), default=MAX_TOKENS))
+        config = build_config(**values, num_tokens=max((card.num_tokens for card in cards), default=DEFAULT_TOKENS))
         return [read_card(self.ready(), card) for card in cards], config
 
     def encode(self, **values: Any) -> tuple[str, str]:
@@ -205,7 +205,7 @@ class Handlers:
 
     def at_size(self, image: Image.Image, view: str) -> Image.Image:
         """A result enlarged, where the model is small and the user wants that, or as drawn."""
-        is_small = self.pipeline.t2i.embedded
+        is_small = self.pipeline.t2i.embedded and image.width < SMALL_SIDE
         return self.upsampler(image) if view == "enlarged" and is_small and self.upsampler else image
 
 

@@ -15,13 +15,13 @@ from app.handlers import VIEWS, Handlers, check_choice
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings, read_whole, recipes_of, side_by_side
-from vilex.config import MAX_TOKENS, Range
+from vilex.config import Range
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
 from vilex.words import likeness, without
 
 NEAREST = 3  # words shown of each token
-TOKEN_RANGE = Range(0, MAX_TOKENS, "0 is the mean of all")
+_ALL = "0 is the mean of all"
 _SHOWN_SIZE = 384  # pixels of the overlay's side
 _RAMP = np.array([(0, 32, 77), (124, 123, 120), (255, 234, 70)], np.float32)  # dark blue to yellow, as in cividis
 _OPACITY = 0.65
@@ -37,7 +37,7 @@ class Inspector:
     def inspect(self, card: str, token: int, **values: Any) -> tuple[str, Image.Image | None, str, str]:
         """Nearest words of a card's tokens, where on the picture `token` (0: the mean) looked, and two remarks."""
         with in_words():
-            pipeline, token = self.handlers.ready(), read_whole("token", token, TOKEN_RANGE)
+            pipeline, token = self.handlers.ready(), self._read(token)
             word = read_one(self.handlers, values, card)
             status = finished(f"Read {len(word.vilex_tokens)} tokens of picture {card}.")
             return words_table(pipeline, word.vilex_tokens), *where(pipeline, word, token), status
@@ -45,7 +45,7 @@ class Inspector:
     def look(self, card: str, token: int, **values: Any) -> tuple[Image.Image | None, str]:
         """Where on the picture another token looked, and what the colours mean."""
         with in_words():
-            pipeline, token = self.handlers.ready(), read_whole("token", token, TOKEN_RANGE)
+            pipeline, token = self.handlers.ready(), self._read(token)
             return where(pipeline, read_one(self.handlers, values, card), token)
 
     def leave_out(self, card: str, token: int, view: str, embed: bool, **values: Any) -> Iterator[tuple]:
@@ -53,7 +53,7 @@ class Inspector:
         with in_words():
             pipeline, config = self.handlers.ready(), read_settings(values)
             check_choice(view, VIEWS, "view")
-            if (token := read_whole("token", token, TOKEN_RANGE)) == 0:
+            if (token := self._read(token)) == 0:
                 raise ValueError("Choose a token to leave out: 0 stands for the mean of all")
             whole = read_one(self.handlers, values, card).vilex_tokens
             pair, clock = [whole, without(whole, token - 1)], Clock(config.num_inference_steps)
@@ -65,6 +65,9 @@ class Inspector:
             captions = [f"all {len(whole)} tokens", f"without token {token}"]
             alike = f"The two are {likeness(*images):.0f} % alike; drawn in {duration(clock.seconds)}."
             yield list(zip(paths, captions, strict=True)), finished(alike)
+
+    def _read(self, token: Any) -> int:
+        return read_whole("token", token, Range(0, self.handlers.max_tokens, _ALL))
 
 
 def words_table(pipeline: VilexPipeline, vilex_tokens: Tensor) -> str:
@@ -133,7 +136,7 @@ def build_inspector(studio: Studio) -> None:
     tab, count = Inspector(studio.handlers), studio.handlers.max_tokens
     with gr.Row():
         card = card_choice("Picture to inspect")
-        token = gr.Slider(0, count, 0, step=1, label="Token", info=TOKEN_RANGE.help, min_width=220, elem_id="token")
+        token = gr.Slider(0, count, 0, step=1, label="Token", info=_ALL, min_width=220, elem_id="token")
     with gr.Row():
         look = gr.Button("Inspect", variant="primary", min_width=100, elem_id="inspect")
         leave = gr.Button("Draw without this token", min_width=160)

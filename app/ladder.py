@@ -153,7 +153,8 @@ def use(handlers: Handlers, index: int, budgets: str) -> tuple:
 
 def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
     """Lays out the tab and wires it; a change of `arrival` rebuilds picture A. Gives the places of the results."""
-    start = sorted({min(rung, studio.handlers.max_tokens) for rung in DEFAULT_RUNGS})
+    most = studio.handlers.max_tokens
+    start = [*(rung for rung in DEFAULT_RUNGS if rung < most), most]
     with gr.Row(elem_id="ladder-bar"):
         budgets = gr.Textbox(
             ", ".join(map(str, start)), label="Tokens to rebuild picture A from", max_length=_BUDGET_CHARS,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vilex.checkpoint import WEIGHTS_FOLDER, find_weights, weights_name
-from vilex.config import MAX_TOKENS, PoolerConfig
+from vilex.config import DEFAULT_TOKENS, PoolerConfig
 from vilex.diffusion import CONFIG_NAME as EMBEDDED_MARK
 from vilex.model import CONFIG_NAME
 from vilex.pipeline import VilexPipeline
@@ -46,7 +46,7 @@ def _max_tokens(folder: Path) -> int:
         pooler = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["pooler"]
         return PoolerConfig.from_dict(pooler).num_queries
     except (OSError, ValueError, KeyError, TypeError):  # told when it is loaded
-        return MAX_TOKENS
+        return DEFAULT_TOKENS
 
 
 def named_models(models: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from train.presets import PRESETS, build_unet
 from vilex.config import T2IConfig
 from vilex.diffusion import EmbeddedModel, TextToImage, build_noise_scheduler
+from vilex.encoder import build_encoder
 from vilex.latent import StableDiffusion
 from vilex.model import ViLex
 from vilex.pipeline import VilexPipeline
@@ -71,4 +72,4 @@ def pipeline(t2i: TextToImage) -> VilexPipeline:
     torch.manual_seed(1)
     preset = PRESETS["tiny"]
     pooler = dataclasses.replace(preset.pooler, text_width=8)
-    return VilexPipeline(t2i, ViLex(preset.encoder, pooler), "tiny")
+    return VilexPipeline(t2i, ViLex(build_encoder(preset.encoder), pooler), "tiny")

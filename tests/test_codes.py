@@ -71,6 +71,14 @@ def test_empty_vectors_are_copied_as_they_are():
     assert torch.equal(from_text(to_text(VilexCode(torch.zeros(2, 3), "m"))).vilex_tokens, torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 257, 511])
+def test_as_many_tokens_as_any_model_takes_are_kept_and_copied(count):
+    tokens = torch.linspace(-1, 1, count * 3).view(count, 3)
+    again = from_text(to_text(VilexCode(tokens, "m")), "m").vilex_tokens
+    torch.testing.assert_close(again, tokens, atol=1e-2, rtol=0)
+    assert torch.equal(codes.from_bytes(codes.to_bytes(VilexCode(tokens, "m"))).vilex_tokens, tokens.half().float())
+
+
 @given(st.data())
 def test_a_changed_missing_or_added_character_is_noticed(data):
     text = to_text(VilexCode(torch.arange(14.0).view(2, 7) - 6, "nano-1a2b"))
@@ -101,8 +109,9 @@ FORGED = {
     "odd": ("vilex-2:m:QUJDQ", "the code is damaged: a part is missing"),
     "huge": ("vilex-2:m:" + "A" * 2**22, "the code is damaged"),
     "none": (packed(0, 7, b""), "its size does not fit its tokens"),
-    "no width": (packed(2, 0, b"\0<\0<"), "vilex_tokens must be 1 to 75 vectors"),
-    "many": (packed(76, 1, bytes(76 * 3)), "vilex_tokens must be 1 to 75 vectors"),
+    "no width": (packed(2, 0, b"\0<\0<"), "vilex_tokens must be 1 to 511 vectors"),
+    "many": (packed(512 % 256, 1, bytes(512 * 3)), "vilex_tokens must be 1 to 511 vectors"),
+    "wrong count": (packed(2, 1, bytes(3 * 3)), "its size does not fit its tokens"),
     "wrong size": (packed(2, 7, bytes(17)), "its size does not fit its tokens"),
     "infinite": (packed(1, 1, b"\x00\x7c\x01"), "finite"),
     "foreign": (packed(1, 1, b"\0<\1", "other"), "the code was made by 'other', this model is 'm'"),
@@ -155,9 +164,9 @@ def test_a_reshaped_tensor_is_noticed(tokens):
         (torch.ones(5, 7).half(), _metadata(format="vilex-9"), "its format is 'vilex-9'"),
         (torch.ones(5, 7).half(), {"format": "vilex-1"}, "not a vilex-1 file"),
         (torch.ones(5, 7).half(), _metadata(), "checksum"),
-        (torch.tensor(1.0).half(), _metadata(), r"1 to 75 vectors, got shape \(\)"),
+        (torch.tensor(1.0).half(), _metadata(), r"1 to 511 vectors, got shape \(\)"),
         (torch.ones(5, 7), _metadata(sha256=codes._sha256(torch.ones(5, 7))), "fp16"),
-        (torch.ones(76, 7).half(), _metadata(sha256=codes._sha256(torch.ones(76, 7).half())), "1 to 75 vectors"),
+        (torch.ones(512, 7).half(), _metadata(sha256=codes._sha256(torch.ones(512, 7).half())), "1 to 511 vectors"),
     ],
 )
 def test_foreign_safetensors_are_refused(tensor, metadata, message):
@@ -174,7 +183,7 @@ def test_other_files_are_refused(tmp_path, data):
 
 def test_big_files_are_refused_before_they_are_parsed(tmp_path):
     (tmp_path / "a.vilex").write_bytes(bytes(codes.MAX_BYTES + 1))
-    with pytest.raises(ValueError, match="larger than 4194304 bytes"):
+    with pytest.raises(ValueError, match="larger than 8388608 bytes"):
         load_code(tmp_path / "a.vilex")
 
 
@@ -183,7 +192,7 @@ def test_big_files_are_refused_before_they_are_parsed(tmp_path):
     [
         (torch.ones(3), r"got shape \(3,\)"),
         (torch.ones(0, 3), r"got shape \(0, 3\)"),
-        (torch.ones(76, 3), r"got shape \(76, 3\)"),
+        (torch.ones(512, 3), r"got shape \(512, 3\)"),
         (torch.full((2, 3), torch.nan), "finite"),
         (torch.full((2, 3), 1e6), "finite"),
     ],

@@ -10,8 +10,8 @@ from vilex.config import EncoderConfig, GenerationConfig, PoolerConfig, T2IConfi
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"num_tokens": 0}, "num_tokens must be between 1 and 75, got 0"),
-        ({"num_tokens": 76}, "num_tokens must be between 1 and 75, got 76"),
+        ({"num_tokens": 0}, "num_tokens must be between 1 and 511, got 0"),
+        ({"num_tokens": 512}, "num_tokens must be between 1 and 511, got 512"),
         ({"num_images": 17}, "num_images must be between 1 and 16, got 17"),
         ({"num_inference_steps": 1.5}, "num_inference_steps must be a whole number, got 1.5"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a number, got nan"),
@@ -45,7 +45,7 @@ def test_all_problems_are_named_at_once():
         (EncoderConfig, {"width": 100}, "width 100 is not a multiple of heads 6"),
         (PoolerConfig, {"width": 100}, "width 100 is not a multiple of heads 6"),
         (PoolerConfig, {"heads": 0}, "heads must be between 1 and 64"),
-        (T2IConfig, {"context_length": 4}, "context_length must be between 8 and 512, got 4"),
+        (T2IConfig, {"context_length": 4}, "context_length must be between 8 and 1024, got 4"),
     ],
 )
 def test_networks_that_cannot_be_built_are_refused(config, values, message):

@@ -72,11 +72,17 @@ def test_metrics_figure_and_samples_are_written(folder, stand_ins):
         assert figure.width > figure.height
 
 
-@pytest.mark.parametrize("arms", ["foo", "1,100", "0", "text,"])
+@pytest.mark.parametrize("arms", ["foo", "1,512", "0", "text,"])
 def test_bad_arms_are_refused_before_anything_is_loaded(folder, arms):
     result = CliRunner().invoke(evaluate.main, ["--data", str(folder), "--out", str(folder), "--arms", arms])
     assert result.exit_code == 2
-    assert "an arm is text, dense or a number of tokens from 1 to 75" in result.output
+    assert "an arm is text, dense or a number of tokens from 1 to 511" in result.output
+
+
+def test_more_tokens_than_the_weights_have_are_refused_before_anything_is_drawn(folder, stand_ins):
+    result = run(folder, "--arms", "1,76")
+    assert result.exit_code == 2 and not (folder / "out").exists()
+    assert "num_tokens must be between 1 and 75, got 76" in " ".join(result.output.split())
 
 
 def test_a_bad_path_is_one_sentence(folder):

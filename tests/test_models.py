@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,12 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.balance import Balance
+from app.handlers import Handlers
 from train import train_vilex
 from train.batches import tabulate
 from train.presets import PRESETS
@@ -31,9 +34,10 @@ from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.latent import StableDiffusionXL
 from vilex.loss import diffusion_loss, draw_noise, loss_weights
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import compose, compose_leading, embedding_module, special_tokens
+from vilex.prompt import compose, compose_leading, embedding_module, recompose, special_tokens
 from vilex.sampling import Conditions, build_scheduler, sample, sample_steps
 from vilex.sampling import draw_noise as draw_latents
+from vilex.t2i import read_words
 
 TEXT = "a red dog on the beach , monet style"
 LONG = "dog cat " * 30
@@ -282,6 +286,68 @@ def test_words_that_clip_cuts_still_reach_t5(sd3):
         a, b = (encode(sd3, "dog " * 22 + end).prompt_embeds for end in ("red cat", "blue cat"))
     assert torch.equal(a[:, :24], b[:, :24])
     assert not torch.equal(a[:, 24:], b[:, 24:])
+
+
+# More tokens than CLIP's context
+
+
+def test_a_prompt_is_as_long_as_t5s_context(sd3, case):
+    assert (sd3.max_tokens, sd3.clip_length) == (255, 24)
+    assert case.t2i.max_tokens == {"sd3": 255, "flux": 511}.get(case.kind, 22)
+
+
+def test_a_hundred_and_fifty_tokens_reach_t5_and_clip_sees_the_first(sd3):
+    vectors = torch.randn(150, sd3.text_width, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    condition = encode(sd3, "<image> a dog", vectors)
+    clip, t5 = condition.prompt_embeds.split([24, 256], 1)
+    first = encode(sd3, "", vectors[:22])
+    assert torch.equal(clip, first.prompt_embeds[:, :24]) and torch.equal(condition.pooled, first.pooled)
+    again = recompose(compose("<image> a dog", [vectors], sd3.tokenizer, 257), sd3.tokenizer, sd3.tokenizers[2], 256)
+    assert again.slots.sum() == 150 and not again.slots[:, 150:].any()
+    columns = vectors[:, 8 + 12 :]
+    assert torch.equal(t5, read_words(sd3.text_encoders[2], again.input_ids, again.slots, columns).last_hidden_state)
+
+    noisy = torch.randn(1, *sd3.latent_shape)
+    sd3.denoise(noisy, torch.tensor([300.0]), condition).square().mean().backward()
+    for gradient, seen in zip(vectors.grad.split(sd3.text_widths, dim=-1), (22, 22, 150), strict=True):
+        assert (gradient[:seen].abs().sum(1) > 0).all() and not gradient[seen:].any()
+
+
+def test_a_batch_of_long_prompts_equals_prompts_one_by_one(sd3):
+    vectors, special = torch.randn(2, 21, sd3.text_width), special_tokens(sd3.tokenizer)
+    texts = ["a red dog", "cat"]  # with 21 tokens and room for 22, CLIP's rows: one is cut, one is not
+    ids, mask = torch.zeros(2, 3).long(), torch.tensor([[True] * 3, [True, False, False]])
+    for row, text in enumerate(texts):
+        words = sd3.tokenizer(text, add_special_tokens=False).input_ids
+        ids[row, : len(words)] = torch.tensor(words)
+    with torch.no_grad():
+        together = sd3.encode_prompt(compose_leading(ids, mask, vectors, special, sd3.config.context_length))
+        alone = Conditioning.concatenate([encode(sd3, text, v) for text, v in zip(texts, vectors, strict=True)])
+    torch.testing.assert_close(together.prompt_embeds, alone.prompt_embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.pooled, alone.pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pooler_may_have_as_many_queries_as_a_prompt_has_positions(case):
+    preset = replace(PRESETS["tiny"], pooler=replace(PRESETS["tiny"].pooler, num_queries=150))
+    if case.kind != "sd3":
+        with pytest.raises(ValueError, match="the text-to-image model holds 75 tokens, the pooler gives 150"):
+            build_model(preset, case.t2i)
+        return
+    pipeline = VilexPipeline(case.t2i, build_model(preset, case.t2i))
+    picture = Image.effect_mandelbrot((32, 32), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    assert pipeline.encode(picture).shape == (1, 150, case.t2i.text_width)
+    handlers = Handlers(pipeline)
+    assert handlers.max_tokens == 150 and Balance(handlers).budgets == (1, 4, 16, 75, 150)
+    handlers.engine.close()
+    few, many = (
+        pipeline.generate("<image>", [picture], GenerationConfig(num_tokens=n, num_inference_steps=2))
+        for n in (75, 150)
+    )
+    assert few.note == many.note == "" and few.images[0].tobytes() != many.images[0].tobytes()
+    with pytest.raises(ValueError, match="num_tokens must be between 1 and 150, got 151"):
+        pipeline.generate("<image>", [picture], GenerationConfig(num_tokens=151))
+    with pytest.raises(ValueError, match="num_tokens must be between 1 and 150, got 151"):
+        pipeline.generate("<image>", [torch.randn(200, case.t2i.text_width)], GenerationConfig(num_tokens=151))
 
 
 def test_the_whole_road_draws_and_decodes(case):

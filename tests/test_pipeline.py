@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from train.presets import PRESETS
 from vilex.config import GenerationConfig
 from vilex.devices import pick_device, pick_dtype
+from vilex.encoder import build_encoder
 from vilex.model import ViLex, load_vilex
 from vilex.pipeline import VilexPipeline
 
@@ -198,7 +199,9 @@ def test_saved_pipelines_draw_the_same_picture(pipeline, saved, picture):
 def test_a_latent_model_decodes_through_its_vae(stable_diffusion, picture):
     torch.manual_seed(1)
     preset = PRESETS["tiny"]
-    pipeline = VilexPipeline(stable_diffusion, ViLex(preset.encoder, dataclasses.replace(preset.pooler, text_width=8)))
+    pipeline = VilexPipeline(
+        stable_diffusion, ViLex(build_encoder(preset.encoder), dataclasses.replace(preset.pooler, text_width=8))
+    )
     for name in ("dpm++", "ddim", "euler"):
         config = dataclasses.replace(FAST, scheduler=name, num_images=2)
         images = pipeline.generate("a <image>", [picture], config).images
@@ -207,7 +210,7 @@ def test_a_latent_model_decodes_through_its_vae(stable_diffusion, picture):
 
 def test_a_pooler_of_another_width_is_refused(pipeline):
     preset = PRESETS["tiny"]
-    vilex = ViLex(preset.encoder, dataclasses.replace(preset.pooler, text_width=16, num_queries=5))
+    vilex = ViLex(build_encoder(preset.encoder), dataclasses.replace(preset.pooler, text_width=16, num_queries=5))
     with pytest.raises(ValueError, match="expects tokens of width 8, the pooler gives 5 x 16"):
         VilexPipeline(pipeline.t2i, vilex)
 

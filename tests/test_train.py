@@ -519,10 +519,15 @@ BAD = [
 BAD_T2I = [(["--init-from", "/"], "/ holds no text-to-image model: model_index.json is missing")]
 BAD_VILEX = [
     (["--t2i", "nowhere"], "nowhere holds no text-to-image model"),
-    (["--encoder-init", "hope"], "--encoder-init must be random, teacher or open_clip:TAG, got 'hope'"),
-    (["--encoder-init", "open_clip:"], "--encoder-init must be random, teacher or open_clip:TAG, got 'open_clip:'"),
+    (["--encoder-init", "hope"], "open_clip:TAG, open_clip:NAME:TAG, timm:NAME or hf:ID, got 'hope'"),
+    (["--encoder-init", "open_clip:"], "timm:NAME or hf:ID, got 'open_clip:'"),
     (["--encoder-init", "teacher", "--init-from", "/"], "starts the encoder anew"),
     (["--encoder-init", "open_clip:webli"], "needs a tower of open_clip"),
+    (["--encoder-init", "open_clip:no-tower:webli"], "open_clip cannot build 'no-tower' with pretrained='webli'"),
+    (["--encoder-init", "timm:no-tower"], "timm knows no tower 'no-tower'"),
+    (["--encoder-init", "hf:/no/such/tower"], "'/no/such/tower' holds no tower of transformers"),
+    (["--encoder-size", "224"], "--encoder-size 224 needs a tower of open_clip, timm or transformers"),
+    (["--encoder-size", "224", "--init-from", "/"], "--encoder-size 224 sets up a tower, --init-from brings one"),
     (["--distil-steps", "3"], "--distil-steps needs --encoder-init teacher"),
     (["--encoder-init", "teacher", "--distil-steps", "0"], "steps must be between 1 and 1e+06, got 0"),
     (["--workers", "2"], "No such option"),
@@ -649,7 +654,7 @@ def test_encoder_init_open_clip_loads_the_tag(files, monkeypatch):
         return build_encoder(config).requires_grad_(True)
 
     monkeypatch.setattr(train_vilex, "build_encoder", build)
-    distil, tag = train_vilex.read_encoder_init("open_clip:webli", None, None, seed=0)
-    assert distil is None
-    train_vilex.build_model(TINY, load_t2i(files.t2i, str(files.text)), pretrained=tag)
+    start = train_vilex.read_encoder_init("open_clip:webli", None, None, seed=0)
+    assert start.distil is None and start.tower(TINY.encoder) == TINY.encoder
+    train_vilex.build_model(TINY, load_t2i(files.t2i, str(files.text)), pretrained=start.pretrained)
     assert asked == ["webli"]

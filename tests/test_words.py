@@ -122,7 +122,7 @@ def test_word_algebra_can_be_undone(n, strength, seed):
 BAD = {
     "share below": (lambda: blend(tokens_of(1, 0), tokens_of(1, 0), -0.1), "share must be between 0 and 1, got -0.1"),
     "share nan": (lambda: blend(tokens_of(1, 0), tokens_of(1, 0), math.nan), "share must be a number, got nan"),
-    "cut": (lambda: graft(tokens_of(1, 0), tokens_of(1, 0), 76), "cut must be between 0 and 75, got 76"),
+    "cut": (lambda: graft(tokens_of(1, 0), tokens_of(1, 0), 512), "cut must be between 0 and 511, got 512"),
     "half a cut": (lambda: graft(tokens_of(1, 0), tokens_of(1, 0), 1.5), "cut must be a whole number, got 1.5"),
     "weight": (lambda: weigh(tokens_of(1, 0), 2.1, torch.zeros(WIDTH)), "weight must be between 0 and 2, got 2.1"),
     "weight text": (lambda: weigh(tokens_of(1, 0), "1", torch.zeros(WIDTH)), "weight must be a number, got '1'"),

@@ -278,6 +278,8 @@ def main(
         config = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
         words_config = replace(config, guidance_scale=text_guidance)
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype)
+        for name in filter(str.isdigit, names):
+            pipeline.within(int(name))
         size = pipeline.t2i.image_size
         pictures = load_pictures(list(data), image_size=size, limit=limit)
         training = load_pictures(list(gallery), image_size=size, limit=gallery_limit) if gallery else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from diffusers import UNet2DConditionModel
 
-from vilex.config import MAX_TOKENS, Config, EncoderConfig, PoolerConfig, setting
+from vilex.config import DEFAULT_TOKENS, Config, EncoderConfig, PoolerConfig, setting
 
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")  # diffusers' names; "sample" is x0
 
@@ -117,7 +117,7 @@ PRESETS = {
             widths=(8, 8), attention=(False, True), pixel_unshuffle=4, image_size=32, heads=2, norm_num_groups=4
         ),
         encoder=EncoderConfig(image_size=32, patch_size=8, width=8, layers=1, heads=2),
-        pooler=PoolerConfig(num_queries=MAX_TOKENS, num_blocks=1, width=8, heads=2, patch_width=8),
+        pooler=PoolerConfig(num_queries=DEFAULT_TOKENS, num_blocks=1, width=8, heads=2, patch_width=8),
         t2i=TrainConfig(
             batch_size=4, max_steps=4, warmup_steps=1, caption_variants=2, sample_every=2, save_every=2, log_every=1
         ),
@@ -180,6 +180,40 @@ PRESETS = {
         ),
         source_weights=SOURCE_WEIGHTS,
     ),
+    # 256x256 pixels, folded into as many cells, 32x32, as mini has
+    "midi": Preset(
+        unet=UNetConfig(
+            widths=(160, 256, 384),
+            attention=(False, True, True),
+            pixel_unshuffle=8,
+            image_size=256,
+            layers_per_block=2,
+            prediction_type="sample",
+        ),
+        encoder=EncoderConfig(image_size=256, patch_size=16, width=384, layers=8, heads=6),
+        pooler=PoolerConfig(num_blocks=5, width=384, heads=6, patch_width=384),
+        t2i=TrainConfig(
+            batch_size=512,
+            max_steps=100_000,
+            learning_rate=4e-4,
+            warmup_steps=1000,
+            caption_variants=6,
+            sample_every=5000,
+            save_every=1000,
+            log_every=50,
+        ),
+        vilex=TrainConfig(
+            batch_size=512,
+            max_steps=50_000,
+            learning_rate=1e-3,
+            encoder_learning_rate=3e-4,
+            warmup_steps=1000,
+            sample_every=5000,
+            save_every=1000,
+            log_every=50,
+        ),
+        source_weights=SOURCE_WEIGHTS,
+    ),
     # For GPU nodes; the hub gives the tower and, with --t2i OWNER/NAME, the text-to-image model.
     "sd15": Preset(
         encoder=SIGLIP,
@@ -190,6 +224,13 @@ PRESETS = {
     "sd21": Preset(
         encoder=SIGLIP,
         pooler=PoolerConfig(width=1024, heads=16, patch_width=1152),
+        vilex=PAPER_SCHEDULE,
+        encoder_init="open_clip:webli",
+    ),
+    # T5 reads 255 tokens, CLIP the first 75 of them
+    "sd3": Preset(
+        encoder=SIGLIP,
+        pooler=PoolerConfig(num_queries=150, width=1536, heads=24, patch_width=1152),
         vilex=PAPER_SCHEDULE,
         encoder_init="open_clip:webli",
     ),

@@ -44,7 +44,8 @@ _OPTIONS = (
         type=click.Choice(sorted(PRESETS)),
         default="nano",
         show_default=True,
-        help="tiny: tests; nano: a CPU; mini: one GPU; sd15, sd21: Stable Diffusion with SigLIP, for a GPU node.",
+        help="tiny: tests; nano: a CPU; mini: one GPU; midi: at 256 px; sd15, sd21, sd3: Stable Diffusion with SigLIP, "
+        "for a GPU node.",
     ),
     click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME."),
     click.option("--validation", multiple=True, help="Held-out pictures, read like --data."),

@@ -11,9 +11,14 @@ The presets sd15 and sd21 follow the paper with Stable Diffusion and SigLIP; the
 
     torchrun --nproc-per-node 8 -m train.train_vilex --preset sd21 --t2i OWNER/STABLE-DIFFUSION-2-1 \
         --data 'shards/*.tar' --accumulate 16 --out runs/sd21
+
+With another tower, whose weights come from its library:
+
+    --encoder-init open_clip:ViT-SO400M-16-SigLIP2-256:webli
+    --encoder-init timm:vit_large_patch14_dinov2.lvd142m --encoder-size 224
+    --encoder-init hf:google/siglip2-so400m-patch16-naflex
 """
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +31,14 @@ from transformers.optimization import Adafactor
 from train.batches import Batch, CaptionTable, tabulate
 from train.data import Pictures
 from train.distil import DistilConfig, distil_encoder
+from train.encoder_init import read_encoder_init
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import CHECKPOINT_NAME, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
 from train.words import spell_captions
-from vilex.config import DEFAULT_BUDGETS, GenerationConfig
+from vilex.config import GenerationConfig, token_budgets
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.encoder import build_encoder
 from vilex.images import contact_sheet, to_images
@@ -130,8 +136,7 @@ class VilexRun(TrainingRun):
 
     @property
     def _max_tokens(self) -> int:
-        room = self.t2i.config.context_length - len(self.special.prefix) - len(self.special.suffix)
-        return min(self.module.pooler.config.num_queries, room)
+        return min(self.module.pooler.config.num_queries, self.t2i.max_tokens)
 
     def prompt(self, batch: Batch, vilex_tokens: Tensor, joint: bool) -> ComposedPrompt:
         """[v] or [v, c] of a batch."""
@@ -147,8 +152,8 @@ class VilexRun(TrainingRun):
         return compose_leading(word_ids, word_mask, vilex_tokens, self.special, length)
 
     @property
-    def _budgets(self) -> list[int]:
-        return [n for n in DEFAULT_BUDGETS if n <= self._max_tokens]
+    def _budgets(self) -> tuple[int, ...]:
+        return token_budgets(self._max_tokens)
 
     def condition(self, vilex_tokens: Tensor) -> Conditioning:
         """What the denoiser reads of pictures alone, each as its vilex_tokens (B,N,D)."""
@@ -202,40 +207,16 @@ def build_model(
 ) -> ViLex:
     """Encoder and pooler of a preset for a text-to-image model, or the ones saved in `init_from`.
 
-    Random but for the tower, with weights of open_clip's tag `pretrained` if given; tokens start where words are.
+    Random but for a tower with the `pretrained` weights of its library; tokens start where words are.
     Raises ValueError when the saved ones do not fit the model.
     """
     if init_from is not None:
-        model = load_vilex(init_from)
-        VilexPipeline(t2i, model)  # refuses another width
-        return model
+        return VilexPipeline(t2i, load_vilex(init_from)).vilex  # refuses another width
     torch.manual_seed(seed)
-    model = ViLex(preset.encoder, replace(preset.pooler, text_width=t2i.text_width))
-    if pretrained:
-        model.encoder = build_encoder(preset.encoder, pretrained)
+    encoder = build_encoder(preset.encoder, pretrained)
+    model = ViLex(encoder, replace(preset.pooler, patch_width=encoder.patch_width, text_width=t2i.text_width))
     model.pooler.init_output(*t2i.word_statistics())
-    return model
-
-
-def read_encoder_init(
-    encoder_init: str | None, distil_steps: int | None, init_from: Path | None, seed: int, default: str = "random"
-) -> tuple[DistilConfig | None, str | None]:
-    """The distillation to do first and the tag of open_clip's weights, each None if not asked for.
-
-    Without encoder_init it is `default`, and with init_from neither.
-    Raises ValueError on another word and on flags that clash.
-    """
-    if encoder_init is None:
-        encoder_init = default if init_from is None else "random"
-    if encoder_init not in ("random", "teacher") and not re.fullmatch("open_clip:.+", encoder_init):
-        raise ValueError(f"--encoder-init must be random, teacher or open_clip:TAG, got {encoder_init!r}")
-    if encoder_init != "random" and init_from is not None:
-        raise ValueError(f"--encoder-init {encoder_init} starts the encoder anew, --init-from brings one: give either")
-    if distil_steps is not None and encoder_init != "teacher":
-        raise ValueError("--distil-steps needs --encoder-init teacher")
-    if encoder_init == "teacher":
-        return DistilConfig(seed=seed, **({} if distil_steps is None else {"steps": distil_steps})), None
-    return None, encoder_init.removeprefix("open_clip:") if encoder_init != "random" else None
+    return VilexPipeline(t2i, model).vilex  # refuses more tokens than a prompt holds
 
 
 @click.command()
@@ -250,9 +231,11 @@ def read_encoder_init(
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
 @click.option(
     "--encoder-init",
-    metavar="random|teacher|open_clip:TAG",
-    help="Start of the vision tower, instead of the preset's; teacher: distilled from EfficientNet-lite2.",
+    metavar="random|teacher|open_clip:TAG|open_clip:NAME:TAG|timm:NAME|hf:ID",
+    help="Start of the vision tower, instead of the preset's; teacher: distilled from EfficientNet-lite2; a NAME or "
+    "ID, which may be a folder, is another tower in its place.",
 )
+@click.option("--encoder-size", type=click.IntRange(8, 4096), help="Pixels a side that the tower reads, not its own.")
 @click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
 @click.option(
     "--spell-steps",
@@ -272,6 +255,7 @@ def main(
     t2i_folder: Path,
     init_from: Path | None,
     encoder_init: str | None,
+    encoder_size: int | None,
     distil_steps: int | None,
     spell_steps: int,
     threads: int | None,
@@ -286,12 +270,13 @@ def main(
     recipe = PRESETS[preset]
     with usage_errors():
         config = override(recipe.vilex, overrides)
-        distil, pretrained = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init)
+        tower = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init, encoder_size)
+        recipe = replace(recipe, encoder=tower.tower(recipe.encoder))
         t2i = load_t2i(t2i_folder, text_encoder)
         pictures, held_out = load_data(t2i.image_size, data, validation, limit)
-        model = build_model(recipe, t2i, init_from, config.seed, pretrained)
+        model = build_model(recipe, t2i, init_from, config.seed, tower.pretrained)
         options = RunOptions(out, accumulate, compiled, fp32, dry_run)
-        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil, spell_steps)
+        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)
         run.resume()
     run.run()
 

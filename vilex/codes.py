@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from vilex.config import MAX_TOKENS
 
 FORMAT = "vilex-1"
-MAX_BYTES = 4 * 2**20  # 75 tokens of the widest text encoder take 2.5 MB
+MAX_BYTES = 8 * 2**20  # 511 tokens of width 4864, Flux's, take 5 MB
 TEXT_PREFIX = "vilex-2:"
 _TEXT = re.compile(r"vilex-2:([\w-]{1,64}):([\w-]+)", re.ASCII)
-_HEADER = struct.Struct("<BH")  # count and width
+_HEADER = struct.Struct("<BH")  # count, modulo 256, and width
 _CHECKSUM_BYTES = 4
 _STEPS = 127  # of int8, to either side of zero
 _MAX_SOURCE = 100  # characters of the source's name that are kept
@@ -79,7 +79,7 @@ def to_text(code: VilexCode) -> str:
     tokens = tokens.float()
     scales = (tokens.abs().amax(1) / _STEPS).half()  # (N,)
     steps = (tokens / scales.float().clamp_min(1e-9)[:, None]).round().clamp(-_STEPS, _STEPS).to(torch.int8)  # (N,D)
-    body = _HEADER.pack(*tokens.shape) + scales.numpy().tobytes() + steps.numpy().tobytes()
+    body = _HEADER.pack(len(tokens) % 256, tokens.shape[1]) + scales.numpy().tobytes() + steps.numpy().tobytes()
     data = body + _short_checksum(code.fingerprint, body)
     text = f"{TEXT_PREFIX}{code.fingerprint}:{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
     if not _TEXT.fullmatch(text):
@@ -112,8 +112,9 @@ def _decode(text: str) -> bytes:
 
 def _unpack(body: bytes) -> Tensor:
     """Tokens (N,D) of the body of a copyable code."""
-    count, width = _HEADER.unpack_from(body) if len(body) >= _HEADER.size else (0, 0)
-    if not count or len(body) != _HEADER.size + count * (2 + width):
+    told, width = _HEADER.unpack_from(body) if len(body) >= _HEADER.size else (0, 0)
+    count, rest = divmod(len(body) - _HEADER.size, 2 + width)
+    if count < 1 or rest or count % 256 != told:
         raise ValueError("the code is damaged: its size does not fit its tokens")
     numbers = torch.frombuffer(bytearray(body[_HEADER.size :]), dtype=torch.uint8)
     scales = numbers[: 2 * count].clone().view(torch.float16).float()  # (N,)

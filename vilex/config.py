@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-MAX_TOKENS = 75  # the paper's 77 positions less BOS and EOS
+DEFAULT_TOKENS = 75  # the paper's 77 positions less BOS and EOS
+MAX_TOKENS = 511  # of any model: 512 positions of T5 less EOS; each model has its own limit
 DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
 MAX_PROMPT_CHARS = 1000
 DEFAULT_MODEL = "nano"
@@ -41,6 +42,11 @@ def setting(default: Any, minimum: float, maximum: float, help: str = "") -> Any
 def range_of(config_class: type, name: str) -> Range:
     """The declared range of a field of a config class."""
     return config_class.__dataclass_fields__[name].metadata["range"]
+
+
+def token_budgets(max_tokens: int) -> tuple[int, ...]:
+    """The ladder of a model that gives at most `max_tokens`: the default budgets below, then all of its tokens."""
+    return (*(budget for budget in DEFAULT_BUDGETS if budget < max_tokens), max_tokens)
 
 
 WEIGHT_RANGE = Range(0.0, 2.0, "how much a picture says: 0 is the average word, 1 the picture as it is")
@@ -107,7 +113,7 @@ def _outside(name: str, value: Any, bounds: Range) -> str | None:
 class GenerationConfig(Config):
     """What a user can turn in one request."""
 
-    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS, "ViLex tokens kept of each image")
+    num_tokens: int = setting(DEFAULT_TOKENS, 1, MAX_TOKENS, "ViLex tokens kept of each image")
     num_images: int = setting(1, 1, 16, "pictures per request; picture i uses seed + i")
     seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the first picture")
     num_inference_steps: int = setting(20, 1, 100, "denoising steps")
@@ -139,7 +145,7 @@ SCHEDULERS = ("dpm++", "ddim", "euler")
 class PolishConfig(Config):
     """How a picture's tokens are improved for this one picture."""
 
-    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS, "tokens to improve")
+    num_tokens: int = setting(DEFAULT_TOKENS, 1, MAX_TOKENS, "tokens to improve")
     num_steps: int = setting(40, 1, 1000, "gradient steps")
     seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the noises")
 
@@ -148,10 +154,15 @@ class PolishConfig(Config):
 class EncoderConfig(Config):
     """A vision tower giving patch tokens (B,P,D).
 
-    `open_clip` names one of open_clip's towers; without it the ViT of the other fields is built.
+    `open_clip` or `timm` names a tower of that library, `transformers` holds the settings of one, model_type among
+    them; without any the ViT of the fields from image_size on is built. tower_size is the height and width that a
+    library's tower reads in pixels, its own where empty.
     """
 
     open_clip: str = ""
+    timm: str = ""
+    transformers: dict[str, Any] = field(default_factory=dict, hash=False)
+    tower_size: tuple[int, ...] = ()
     image_size: int = setting(64, 8, 1024, "pixels")
     patch_size: int = setting(8, 2, 64, "pixels")
     width: int = setting(192, 8, 4096)
@@ -166,6 +177,19 @@ class EncoderConfig(Config):
             broken.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.width % self.heads:
             broken.append(f"width {self.width} is not a multiple of heads {self.heads}")
+        return broken + self._broken_tower()
+
+    def _broken_tower(self) -> list[str]:
+        broken, named = [], [name for name in ("open_clip", "timm", "transformers") if getattr(self, name)]
+        if len(named) > 1:
+            broken.append(f"an encoder has one tower, got {' and '.join(named)}")
+        sides = self.tower_size
+        if sides and (len(sides) != 2 or not all(isinstance(side, int) and 8 <= side <= 4096 for side in sides)):
+            broken.append(f"tower_size must be empty or a height and a width between 8 and 4096, got {sides!r}")
+        if not isinstance(self.transformers, dict):
+            broken.append(f"transformers must be an object with settings, got {self.transformers!r}")
+        if self.transformers and not sides:
+            broken.append("a tower of transformers needs its tower_size")
         return broken
 
 
@@ -173,7 +197,7 @@ class EncoderConfig(Config):
 class PoolerConfig(Config):
     """Learned queries cross-attending to patch tokens; the paper's default is 5 blocks."""
 
-    num_queries: int = setting(MAX_TOKENS, 1, MAX_TOKENS)
+    num_queries: int = setting(DEFAULT_TOKENS, 1, MAX_TOKENS)
     num_blocks: int = setting(5, 1, 8)
     width: int = setting(192, 8, 4096)
     heads: int = setting(6, 1, 64)
@@ -192,5 +216,5 @@ class T2IConfig(Config):
     position_frequencies: int = setting(0, 0, 8, "waves per axis that tell the denoiser where it is")
     token_frequencies: int = setting(0, 0, 64, "waves that tell the denoiser where in the prompt a token stands")
     prompt_scale: float = setting(1.0, 0.1, 100, "factor of what the denoiser's cross-attention reads")
-    context_length: int = setting(128, 8, 512, "positions every prompt is padded to")
+    context_length: int = setting(128, 8, 1024, "positions every prompt is padded to")
     text_encoder: str = MINILM_ID

@@ -17,7 +17,7 @@ from vilex.config import GenerationConfig
 from vilex.images import contact_sheet, find_images, fit_image, load_image
 from vilex.options import Engine, Output, sentence
 from vilex.recipe import Recipe, RecipeImage, build_recipe, build_recipe_image, load_recipe, save_png
-from vilex.upsampler import Upsampler, build_upsampler
+from vilex.upsampler import SMALL_SIDE, Upsampler, build_upsampler
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
     from vilex.pipeline import Generation, VilexPipeline
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help a
 CODE_SUFFIX = ".vilex"
 MAX_STEM = 60  # characters of an output's name, so that it fits any file system
 _CODE_STEM = "word"  # of a copied code, which has no name
-_SMALL_SIDE = 256  # pixels; models that draw at this size or above need no upsampler
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -99,7 +98,7 @@ class Desk:
 
     def enlarge(self, image: Image.Image) -> Image.Image:
         """A small picture at the size to look at, unless the model's own pixels are asked for."""
-        return image if self.upsampler is None or image.width >= _SMALL_SIDE else self.upsampler(image)
+        return image if self.upsampler is None or image.width >= SMALL_SIDE else self.upsampler(image)
 
     def target(self, name: str) -> Path:
         """The path of an output. Raises ValueError when a given file lies there."""

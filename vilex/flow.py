@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from vilex.latent import LatentModel, require_one_vocabulary
-from vilex.prompt import ComposedPrompt, recompose
+from vilex.prompt import ComposedPrompt, recompose, special_tokens
 from vilex.t2i import Conditioning, read_words
 
 T5_LENGTH = 256  # positions that diffusers' Stable Diffusion 3 pads T5's prompts to
@@ -80,8 +80,8 @@ class StableDiffusion3(FlowModel):
     """Stable Diffusion 3.x: two CLIP text encoders and T5.
 
     All three carry ViLex tokens: CLIP for the pooled vector that steers every block, T5 for most of the states.
-    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew; its longer context keeps words that
-    do not fit CLIP's.
+    T5 has a vocabulary of its own and no BOS, so it composes the prompt anew. A prompt is as long as T5's context, of
+    which CLIP reads the first 75 words and tokens.
     """
 
     pipeline_class = "StableDiffusion3Pipeline"
@@ -98,7 +98,8 @@ class StableDiffusion3(FlowModel):
         vae: AutoencoderKL,
         t5_length: int = T5_LENGTH,
     ) -> None:
-        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
+        length = context_of(tokenizers[0], tokenizers[2], t5_length)
+        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae, length)
         require_one_vocabulary(*tokenizers[:2])
         if scheduler.config.use_dynamic_shifting:
             raise ValueError("the scheduler shifts its timesteps with the picture's size, which is not supported")
@@ -126,3 +127,9 @@ class StableDiffusion3(FlowModel):
             timestep=timesteps,
             return_dict=False,
         )[0]
+
+
+def context_of(clip: PreTrainedTokenizerBase, t5: PreTrainedTokenizerBase, t5_length: int) -> int:
+    """Positions of a prompt of CLIP's that holds as many words and tokens as T5's of t5_length: T5 has no BOS."""
+    own, other = special_tokens(clip), special_tokens(t5)
+    return t5_length + len(own.prefix) + len(own.suffix) - len(other.prefix) - len(other.suffix)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
-from vilex.flow import FlowModel
+from vilex.flow import FlowModel, context_of
 from vilex.prompt import ComposedPrompt
 from vilex.t2i import Conditioning
 
@@ -21,8 +21,9 @@ _PATCH = 2  # latents per side that make one of the transformer's tokens
 class Flux(FlowModel):
     """FLUX.1: CLIP gives the pooled vector that steers every block, T5 the states.
 
-    Both carry ViLex tokens. A model with distilled guidance (dev) is told GUIDANCE; guidance_scale is true guidance
-    on top, 1 for none. Levels of noise are shifted by the size of the picture, which is fixed here.
+    T5 reads all ViLex tokens and words, CLIP the first 75 of them. A model with distilled guidance (dev) is told
+    GUIDANCE; guidance_scale is true guidance on top, 1 for none. Levels of noise are shifted by the size of the
+    picture, which is fixed here.
     Latents are (B,C,h,w) outside; the transformer reads them as tokens of 2 x 2.
     """
 
@@ -39,8 +40,9 @@ class Flux(FlowModel):
         scheduler: FlowMatchEulerDiscreteScheduler,
         vae: AutoencoderKL,
     ) -> None:
-        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae)
         self.t5_length = _T5_LENGTH[bool(denoiser.config.guidance_embeds)]
+        length = context_of(*tokenizers, self.t5_length)
+        super().__init__(tokenizers, text_encoders, denoiser, scheduler, vae, length)
         side = torch.arange(self.latent_shape[1] // _PATCH, dtype=torch.float32)
         self.register_buffer("places", torch.cartesian_prod(torch.zeros(1), side, side), False)  # (h/2*w/2,3)
 

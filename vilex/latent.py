@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, special_tokens
+from vilex.prompt import ComposedPrompt, shorten, special_tokens
 from vilex.t2i import Conditioning, TextToImage, read_words
 
 _vae_lock = threading.Lock()  # lest an offloaded layer is sent away that another thread is using
@@ -47,10 +48,11 @@ class LatentModel(TextToImage):
         denoiser: nn.Module,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL,
+        context_length: int | None = None,
     ) -> None:
         positions = text_encoders[0].config.max_position_embeddings
-        length = min(tokenizers[0].model_max_length, positions)
-        config = T2IConfig(context_length=length, text_encoder="")
+        self.clip_length = min(tokenizers[0].model_max_length, positions)
+        config = T2IConfig(context_length=context_length or self.clip_length, text_encoder="")
         super().__init__(config, tokenizers, text_encoders, denoiser, scheduler, vae)
         _require_supported(denoiser, vae)
 
@@ -112,9 +114,10 @@ class LatentModel(TextToImage):
             return self.vae.decode(latents.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
     def _read_clip(self, index: int, prompt: ComposedPrompt, vectors: Tensor) -> ModelOutput:
-        """What one of the CLIP encoders makes of the prompt, padded as its own tokenizer does."""
+        """What one of the CLIP encoders makes of what it has positions for, padded as its own tokenizer does."""
+        prompt = shorten(replace(prompt, vectors=vectors), special_tokens(self.tokenizer), self.clip_length)
         ids = prompt.input_ids.where(prompt.attention_mask, self.tokenizers[index].pad_token_id)
-        return read_words(self.text_encoders[index], ids, prompt.slots, vectors, output_hidden_states=True)
+        return read_words(self.text_encoders[index], ids, prompt.slots, prompt.vectors, output_hidden_states=True)
 
 
 class StableDiffusion(LatentModel):

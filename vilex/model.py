@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vilex.checkpoint import load_module, save_module
 from vilex.config import EncoderConfig, PoolerConfig
-from vilex.encoder import build_encoder
+from vilex.encoder import PatchEncoder, build_encoder
 from vilex.pooler import VilexPooler
 
 CONFIG_NAME = "config.json"
@@ -18,9 +18,9 @@ WEIGHTS_NAME = "vilex"
 class ViLex(nn.Module):
     """pixels (B,3,H,W) in [-1,1] -> vilex_tokens (B,N,D)."""
 
-    def __init__(self, encoder_config: EncoderConfig, pooler_config: PoolerConfig) -> None:
+    def __init__(self, encoder: PatchEncoder, pooler_config: PoolerConfig) -> None:
         super().__init__()
-        self.encoder = build_encoder(encoder_config)
+        self.encoder = encoder
         if self.encoder.patch_width != pooler_config.patch_width:
             raise ValueError(
                 f"the pooler expects patch tokens of width {pooler_config.patch_width}, "
@@ -49,6 +49,7 @@ def load_vilex(folder: Path) -> ViLex:
     config = json.loads(path.read_text(encoding="utf-8"))
     if not {"encoder", "pooler"} <= config.keys():
         raise ValueError(f"{path} is not a ViLex config: it needs the settings 'encoder' and 'pooler'")
-    model = ViLex(EncoderConfig.from_dict(config["encoder"]), PoolerConfig.from_dict(config["pooler"]))
+    encoder = build_encoder(EncoderConfig.from_dict(config["encoder"]))
+    model = ViLex(encoder, PoolerConfig.from_dict(config["pooler"]))
     load_module(model, folder, WEIGHTS_NAME)
     return model.eval().requires_grad_(False)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from vilex.checkpoint import find_weights, hub_id, weights_name
 from vilex.codes import fingerprint
-from vilex.config import DEFAULT_BUDGETS, MAX_PROMPT_CHARS, MAX_TOKENS, GenerationConfig, PolishConfig
+from vilex.config import (
+    DEFAULT_BUDGETS,
+    DEFAULT_TOKENS,
+    MAX_PROMPT_CHARS,
+    GenerationConfig,
+    PolishConfig,
+    Range,
+    check_range,
+)
 from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.images import fit_image, to_images, to_pixels
@@ -25,7 +33,6 @@ from vilex.prompt import (
     embedding_module,
     has_words,
     parse_terms,
-    special_tokens,
     tokenize,
     words_removed,
 )
@@ -64,6 +71,9 @@ class VilexPipeline:
                 f"the text-to-image model expects tokens of width {t2i.text_width}, "
                 f"the pooler gives {vilex.pooler.config.num_queries} x {vilex.pooler.config.text_width}"
             )
+        queries, limit = vilex.pooler.config.num_queries if vilex else 0, max(DEFAULT_TOKENS, t2i.max_tokens)
+        if queries > limit:  # of the default, a short context cuts the tail
+            raise ValueError(f"a prompt of the text-to-image model holds {limit} tokens, the pooler gives {queries}")
         self.t2i, self.vilex, self.name = t2i, vilex and vilex.eval().requires_grad_(False), name
 
     @classmethod
@@ -154,32 +164,39 @@ class VilexPipeline:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a picture."""
-        if self.vilex is not None:
-            return self.vilex.pooler.config.num_queries
-        special = special_tokens(self.t2i.tokenizer)
-        return min(MAX_TOKENS, self.t2i.config.context_length - len(special.prefix) - len(special.suffix))
+        """The most tokens of a picture: the pooler's, or without an encoder what a prompt holds."""
+        return self.t2i.max_tokens if self.vilex is None else self.vilex.pooler.config.num_queries
 
     @property
     def seen_size(self) -> int:
         """Side in pixels of what is seen of a picture: by the encoder, or by the model itself without one."""
         return self.t2i.image_size if self.vilex is None else self.vilex.encoder.image_size
 
+    def within(self, num_tokens: int | None) -> int:
+        """A budget of tokens as it is; all there are without one. Raises ValueError for more than there can be."""
+        if num_tokens is None:
+            return self.max_tokens
+        # What is usual may be asked of a pooler that has less
+        check_range("num_tokens", num_tokens, Range(1, max(self.max_tokens, DEFAULT_TOKENS)))
+        return num_tokens
+
     @torch.no_grad()
     def encode(
-        self, images: Image.Image | Sequence[Image.Image], num_tokens: int = MAX_TOKENS, fit: Fit = "crop"
+        self, images: Image.Image | Sequence[Image.Image], num_tokens: int | None = None, fit: Fit = "crop"
     ) -> Tensor:
-        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has.
+        """vilex_tokens (B,N,D), float32, of one picture or several; N is at most what the pooler has, and that without
+        num_tokens.
 
-        Raises ValueError when the model has no encoder.
+        Raises ValueError for a num_tokens above 75 that the pooler does not have, and when there is no encoder.
         """
+        num_tokens = min(self.within(num_tokens), self.max_tokens)
         images = [images] if isinstance(images, Image.Image) else list(images)
-        return self.encoder(self._pixels(images, fit), min(num_tokens, self.max_tokens))
+        return self.encoder(self._pixels(images, fit), num_tokens)
 
     def polish(
         self,
         image: Image.Image,
-        num_tokens: int = MAX_TOKENS,
+        num_tokens: int = DEFAULT_TOKENS,
         steps: int = PolishConfig.num_steps,
         seed: int = 0,
         on_step: OnPolish | None = None,
@@ -215,15 +232,17 @@ class VilexPipeline:
         """Where on the picture each token's query looked, (N,h,w) over the encoder's patches; each map sums to 1.
 
         Of the pooler's last block, mean over heads. The map covers what the encoder sees (`fit_image`), and a tower's
-        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no square, or
-        there is no encoder.
+        patches know of their neighbours: a hint, not a fact. Raises ValueError when the patches form no grid in
+        the shape of what the encoder reads, or there is no encoder.
         """
         patch_tokens = self.encoder.encoder(self._pixels([image], fit))  # (1,P,D_vit)
         maps = self.encoder.pooler.attention_maps(patch_tokens)[0]  # (N,P)
-        side = math.isqrt(maps.shape[1])
-        if side**2 != maps.shape[1]:
+        height, width = self.encoder.encoder.size
+        rows = round(math.sqrt(maps.shape[1] * height / width))
+        columns = round(rows * width / height)
+        if rows * columns != maps.shape[1]:
             raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
-        return maps.unflatten(1, (side, side))  # (N,h,w)
+        return maps.unflatten(1, (rows, columns))  # (N,h,w)
 
     def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
         """vilex_tokens (N,D) that say more or less: 0 is the average word of the text encoder, 1 leaves them alone.
@@ -271,7 +290,7 @@ class VilexPipeline:
         self,
         prompt: str,
         images: Sequence[Word] = (),
-        num_tokens: int = MAX_TOKENS,
+        num_tokens: int | None = None,
         names: Sequence[str] = (),
         fit: Fit = "crop",
     ) -> ComposedPrompt:
@@ -355,12 +374,12 @@ class VilexPipeline:
             notes.append("text-free guidance has no effect without words")
         return "; ".join(note for note in notes if note)
 
-    def _tokens(self, word: Word, num_tokens: int, fit: Fit) -> Tensor:
+    def _tokens(self, word: Word, num_tokens: int | None, fit: Fit) -> Tensor:
         """vilex_tokens (N,D) of a picture, or the first of tokens that are given."""
         if isinstance(word, Tensor):
             if word.ndim != 2 or not len(word) or word.shape[1] != self.t2i.text_width:
                 raise ValueError(f"expects tokens of width {self.t2i.text_width}, got shape {tuple(word.shape)}")
-            return word[:num_tokens].to(self.device)
+            return word[: self.within(num_tokens)].to(self.device)
         return self.encode(word, num_tokens, fit)[0]
 
     def conditions(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, PoolerConfig
+from vilex.config import DEFAULT_TOKENS, PoolerConfig, token_budgets
 
 _ANCHOR_PROBABILITY = 0.15  # of each token budget that the ladder shows
 
@@ -60,7 +60,7 @@ class PoolerBlock(nn.Module):
 
 
 class VilexPooler(nn.Module):
-    """ViLex tokens from patch tokens: n <= 75 learned queries through blocks of cross-attention.
+    """ViLex tokens from patch tokens: n learned queries (the paper: 75) through blocks of cross-attention.
 
     Queries do not see one another, so the first N tokens are the same whether N or all are computed:
     dropping tail tokens equals encoding fewer. Patches carry no position here, so their order is ignored.
@@ -109,12 +109,12 @@ class VilexPooler(nn.Module):
         return self.queries[:count].expand(len(patch_tokens), -1, -1), self.norm_patches(patch_tokens)
 
 
-def sample_num_tokens(generator: torch.Generator, max_tokens: int = MAX_TOKENS) -> int:
+def sample_num_tokens(generator: torch.Generator, max_tokens: int = DEFAULT_TOKENS) -> int:
     """How many tokens TailDrop keeps in one training step, 1..max_tokens.
 
     Each budget of the ladder, and the maximum, has probability 0.15; the rest is uniform.
     """
-    anchors = sorted({budget for budget in DEFAULT_BUDGETS if budget < max_tokens} | {max_tokens})
+    anchors = token_budgets(max_tokens)
     anchor = int(torch.rand((), generator=generator).item() / _ANCHOR_PROBABILITY)
     if anchor < len(anchors):
         return anchors[anchor]

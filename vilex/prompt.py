@@ -247,6 +247,25 @@ def compose_leading(
     return ComposedPrompt(input_ids, mask, slots, vilex_tokens.flatten(0, 1) if N else None)
 
 
+def shorten(prompt: ComposedPrompt, special: SpecialTokens, context_length: int) -> ComposedPrompt:
+    """The first positions of each row for an encoder of a shorter context, closed by its suffix where it was cut.
+
+    prompt.vectors loses those whose slots are cut off.
+    """
+    if prompt.input_ids.shape[1] <= context_length:
+        return prompt
+    end = context_length - len(special.suffix)
+    is_cut = prompt.attention_mask.sum(1, keepdim=True) > context_length  # (B,1)
+    position = torch.arange(prompt.input_ids.shape[1], device=prompt.slots.device)
+    slots = prompt.slots & (position < context_length) & ~(is_cut & (position >= end))  # (B,L)
+    input_ids = prompt.input_ids[:, :context_length].clone()
+    for offset, suffix_id in enumerate(special.suffix):
+        input_ids[is_cut[:, 0], end + offset] = suffix_id
+    vectors = None if prompt.vectors is None else prompt.vectors[slots[prompt.slots].to(prompt.vectors.device)]
+    short = slice(context_length)
+    return ComposedPrompt(input_ids, prompt.attention_mask[:, short], slots[:, short], vectors)
+
+
 def recompose(
     prompt: ComposedPrompt, source: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, context_length: int
 ) -> ComposedPrompt:

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from vilex import __version__
 from vilex.codes import VilexCode, from_text, to_text
-from vilex.config import MAX_PROMPT_CHARS, MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, setting
+from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, setting
 
 if TYPE_CHECKING:
     from vilex.pipeline import VilexPipeline
 
 RECIPE_KEY = "vilex"  # keyword of the PNG text chunk
 RECIPE_VERSION = 2
-MAX_RECIPE_CHARS = 1_000_000  # 75 tokens of the widest text encoder take 210,000
+MAX_RECIPE_CHARS = 10_000_000  # 255 tokens of Stable Diffusion 3 take 2.1 million
 MAX_IMAGES = MAX_TOKENS  # a prompt gives each at least one token
 _MAX_CHARS = 200  # of names and versions
 
@@ -56,7 +56,7 @@ class RecipeImage(Config):
     """
 
     name: str = ""
-    num_tokens: int = setting(MAX_TOKENS, 1, MAX_TOKENS)
+    num_tokens: int = setting(DEFAULT_TOKENS, 1, MAX_TOKENS)
     weight: float = setting(1.0, WEIGHT_RANGE.minimum, WEIGHT_RANGE.maximum)
     fit: str = "crop"
     code: str = ""

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from vilex.checkpoint import require_finite
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings
+from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings, special_tokens
 
 INDEX_NAME = "model_index.json"
 
@@ -131,6 +131,12 @@ class TextToImage(nn.Module, ABC):
     def text_width(self) -> int:
         """Width D of a ViLex token: the text encoders' embedding widths, side by side."""
         return sum(self.text_widths)
+
+    @property
+    def max_tokens(self) -> int:
+        """Positions that a prompt has for words and ViLex tokens."""
+        special = special_tokens(self.tokenizer)
+        return self.config.context_length - len(special.prefix) - len(special.suffix)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 FACTOR = 4
+SMALL_SIDE = 256  # pixels; models that draw at this size or above need no upsampler
 _MODEL = "spanx4_ch48"
 _MARGIN = 8  # replicated pixels around the input, since the network's zero padding darkens edges
 _log = logging.getLogger(__name__)

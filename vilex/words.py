@@ -83,7 +83,7 @@ def _slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
 def graft(first: Tensor, second: Tensor, cut: int) -> Tensor:
     """The first `cut` tokens of `first` (N,D), then those of `second` (M,D) from `cut` on: content, then look.
 
-    A cut beyond one of them takes what it has. Raises ValueError for a cut that is not a whole number in 0..75.
+    A cut beyond one of them takes what it has. Raises ValueError for a cut that is not a whole number in 0..511.
     """
     check_range("cut", cut, CUT_RANGE)
     if cut != int(cut):
