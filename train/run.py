@@ -1,5 +1,6 @@
 """What both trainers share: command-line options, loading, the run's pictures, and the road from start to end."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import click
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
 from train.batches import Batch, CaptionTable, draw_batch
 from train.data import Pictures, Record, load_pictures, sampling_weights
 from train.loss import Noise, draw_noise
+from train.memory import checkpoint_gradients
 from train.presets import PRESETS, Preset, TrainConfig
+from train.sharding import start_adafactor
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
@@ -36,6 +39,7 @@ class RunOptions:
     compiled: bool = False
     fp32: bool = False
     dry_run: bool = False
+    checkpoint_gradients: bool = False
 
 
 _OPTIONS = (
@@ -61,6 +65,9 @@ _OPTIONS = (
     ),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile the denoiser."),
     click.option("--fp32", is_flag=True, help="No bf16 autocast."),
+    click.option(
+        "--checkpoint-gradients", is_flag=True, help="Less memory: compute the frozen networks' states twice."
+    ),
     click.option("--dry-run", is_flag=True, help="Log sizes, compute and memory, then stop."),
 )
 
@@ -138,6 +145,8 @@ class TrainingRun(ABC):
             )
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
+        if options.checkpoint_gradients:
+            checkpoint_gradients(self.t2i)
         self.weights = source_weights(pictures.records, preset.source_weights)
         if self.weights is None and preset.source_weights:
             log.info("all pictures weigh alike: some are of sources that the preset has no share for")
@@ -154,10 +163,13 @@ class TrainingRun(ABC):
 
         frozen: what is read but not trained, with its name.
         """
-        self.module = module
+        shown = copy.deepcopy(module).cpu() if self.split else None
+        self.module = module if shown is None else shown
         self.model, optimizer = self.accelerator.prepare(module if model is None else model, optimizer)
+        if self.split:
+            start_adafactor(optimizer)
         inputs = {"data": self.pictures.fingerprint(), frozen[0]: fingerprint(frozen[1])}
-        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs)
+        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs, shown)
 
     def compiled(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
@@ -174,6 +186,11 @@ class TrainingRun(ABC):
     @abstractmethod
     def save_weights(self) -> None:
         """Writes the trained weights; runs under the EMA weights."""
+
+    @property
+    def split(self) -> bool:
+        """Whether FSDP splits the trained module among the processes; `module` is then a whole copy of it."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
 
     @property
     def trim(self) -> bool:
@@ -204,7 +221,7 @@ class TrainingRun(ABC):
         """Logs sizes, compute and memory before the first step."""
         with torch.compiler.set_stance("force_eager"):  # compiled code hides its operations
             self.flops_per_picture = count_flops(lambda: self.loss(0, 0)) / self.micro_size
-        self.module.zero_grad()
+        self.model.zero_grad()
         config, parameters = self.config, parameter_count(self.module)
         stored = self.pictures.pixels.nbytes + self.captions.ids.nbytes
         log.info("%d pictures, %.2f GB with %d texts each", len(self.pictures), stored / 1e9, self.captions.variants)
@@ -232,9 +249,10 @@ class TrainingRun(ABC):
         if self.options.dry_run:
             return
         train(self.state, self.model, self.loss, self._sample, self.flops_per_picture)
-        if self.accelerator.is_main_process:
-            with self.state.averaged(), self._evaluating():
+        with self.state.averaged(), self._evaluating():
+            if self.accelerator.is_main_process:
                 self.save_weights()
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _sample(self) -> dict[str, float]:

@@ -145,6 +145,8 @@ class T2IRun(TrainingRun):
         workers: int = 1,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
+        if self.split:
+            raise ValueError("FSDP splits what train_vilex trains; train_t2i's denoiser is small: use ddp.yaml")
         texts = write_captions(
             pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction,
         )  # fmt: skip
@@ -217,6 +219,7 @@ def main(
     compiled: bool,
     fp32: bool,
     dry_run: bool,
+    checkpoint_gradients: bool,
     **overrides: float | None,
 ) -> None:
     """Train the embedded text-to-image model."""
@@ -226,7 +229,7 @@ def main(
         config = override(recipe.t2i, overrides)
         pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients)
         run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
         run.resume()
     run.run()

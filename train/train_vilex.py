@@ -279,6 +279,7 @@ def main(
     compiled: bool,
     fp32: bool,
     dry_run: bool,
+    checkpoint_gradients: bool,
     **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
@@ -290,7 +291,7 @@ def main(
         t2i = load_t2i(t2i_folder, text_encoder)
         pictures, held_out = load_data(t2i.image_size, data, validation, limit)
         model = build_model(recipe, t2i, init_from, config.seed, pretrained)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients)
         run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil, spell_steps)
         run.resume()
     run.run()
