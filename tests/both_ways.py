@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, debug_launcher
 from accelerate.state import AcceleratorState, PartialState
 from builders import build_bert, build_tokenizer
-from training import reset_accelerate, write_table
+from training import reset_accelerate, write_table, write_table_as_shards
 
 from train import run, train_t2i, train_vilex
 from train.presets import PRESETS
@@ -31,6 +31,7 @@ MAINS = {"t2i": train_t2i.main, "vilex": train_vilex.main}
 def write_inputs(folder: Path) -> None:
     """A table, a text encoder and a random text-to-image model."""
     write_table(folder / "pictures.parquet")
+    write_table_as_shards(folder / "pictures.parquet", folder / "shards", 3)
     tokenizer = build_tokenizer("bert")
     torch.manual_seed(0)
     tokenizer.save_pretrained(folder / "text")
@@ -39,15 +40,21 @@ def write_inputs(folder: Path) -> None:
     t2i.save_pretrained(folder / "t2i", dtype=torch.float32)
 
 
-def train(kind: str, folder: Path, out: str, split: bool = False, halt: bool = False) -> None:
-    """One trainer's command line, in each process alike; with halt only as far as the checkpoint of step 2."""
+def train(kind: str, folder: Path, out: str, *ways: str) -> None:
+    """One trainer's command line, in each process alike.
+
+    ways: "split" by FSDP; "stream" the pictures from shards; "halt" at the checkpoint of step 2.
+    """
     reset_accelerate()
-    arguments = ["--preset", "tiny", "--data", folder / "pictures.parquet", "--text-encoder", folder / "text"]
-    arguments += ["--out", folder / kind / out, "--fp32"]
+    arguments = ["--preset", "tiny", "--text-encoder", folder / "text", "--out", folder / kind / out, "--fp32"]
+    if "stream" in ways:
+        arguments += ["--data", folder / "shards", "--stream", "1"]
+    else:
+        arguments += ["--data", folder / "pictures.parquet"]
     arguments += ["--t2i", folder / "t2i"] if kind == "vilex" else []
-    if split:
+    if "split" in ways:
         run.Accelerator = build_splitting_accelerator
-    if halt:
+    if "halt" in ways:
         TrainState.save = save_and_halt
     with suppress(Halt):
         MAINS[kind].main([*map(str, arguments)], standalone_mode=False)
@@ -95,9 +102,12 @@ if __name__ == "__main__":
     for kind in MAINS:
         in_processes(1, kind, folder, "one")
         in_processes(2, kind, folder, "two")
-        in_processes(1, kind, folder, "one-two", False, True)
+        in_processes(1, kind, folder, "one-two", "halt")
         in_processes(2, kind, folder, "one-two")
-    in_processes(1, "vilex", folder, "one-split", False, True)
-    in_processes(2, "vilex", folder, "one-split", True)
-    in_processes(2, "vilex", folder, "split-one", True, True)
+        in_processes(1, kind, folder, "stream-one", "stream")
+        in_processes(2, kind, folder, "stream-two", "stream", "halt")
+        in_processes(2, kind, folder, "stream-two", "stream")
+    in_processes(1, "vilex", folder, "one-split", "halt")
+    in_processes(2, "vilex", folder, "one-split", "split")
+    in_processes(2, "vilex", folder, "split-one", "split", "halt")
     in_processes(1, "vilex", folder, "split-one")

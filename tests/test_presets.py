@@ -17,7 +17,7 @@ from vilex.config import EncoderConfig
 from vilex.encoder import build_encoder
 from vilex.pipeline import VilexPipeline
 
-LATENT = ("sd15", "sd21")
+LATENT = ("sd15", "sd21", "sdxl")
 TOWER = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},

@@ -296,7 +296,7 @@ def test_noise_of_a_share_is_that_of_the_whole_batch(files):
 
 def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
     run = build_run("t2i", files, tmp_path, noise_draws=2)
-    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    batch = draw_batch(run.pictures, run.captions, run.config, run.weights, 0, slice(0, 4))
     noises = [draw_noise(run.t2i, 4, step_generator(0, draw)) for draw in (1, 2)]
     with torch.no_grad():
         together = run.batch_loss(batch, Noise.concatenate(noises), 0)
@@ -307,7 +307,7 @@ def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
 
 def test_texts_of_like_length_are_encoded_together_to_the_same_end(files, tmp_path, monkeypatch):
     run = build_run("t2i", files, tmp_path)
-    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    batch = draw_batch(run.pictures, run.captions, run.config, run.weights, 0, slice(0, 4))
     conditions = []
     for groups in (1, 4):
         monkeypatch.setattr(train_t2i, "_LENGTH_GROUPS", groups)
@@ -368,7 +368,7 @@ def test_taildrop_prefers_the_ladder():
 def test_joint_prompts_are_those_of_compose_and_image_only_ones_hold_no_words(files, tmp_path):
     run = build_run("vilex", files, tmp_path)
     indices, variants, tokens = torch.tensor([3, 0, 5]), torch.tensor([0, 1, 2]), torch.randn(3, 4, 8)
-    batch, records = Batch(indices, variants, torch.zeros(3, 3, 32, 32)), run.pictures.records
+    batch, records = Batch(indices, variants, torch.zeros(3, 3, 32, 32), run.captions), run.pictures.records
     texts = [style_caption(records[3]), content_caption(records[0]), plain_caption(records[5])]
     assert all(texts) and len(set(texts)) == 3
     for joint in (True, False):

@@ -1,6 +1,6 @@
 """Memory of the backward pass: what is kept for it, and how to keep less."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,9 +29,9 @@ class Kept:
 
 
 @contextmanager
-def count_kept() -> Iterator[Kept]:
-    """Counts what is kept for a backward pass while active; works on fake tensors too."""
-    kept, storages = Kept(), {}
+def count_kept(besides: Iterable[Tensor] = ()) -> Iterator[Kept]:
+    """Counts what is kept for a backward pass while active, but for some tensors; works on fake ones too."""
+    kept, storages = Kept(), {(storage := tensor.untyped_storage())._cdata: storage for tensor in besides}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -193,6 +193,13 @@ PRESETS = {
         vilex=PAPER_SCHEDULE,
         encoder_init="open_clip:webli",
     ),
+    # Tokens of width 768 + 1280, for both text encoders.
+    "sdxl": Preset(
+        encoder=SIGLIP,
+        pooler=PoolerConfig(width=1280, heads=20, patch_width=1152),
+        vilex=PAPER_SCHEDULE,
+        encoder_init="open_clip:webli",
+    ),
 }
 
 

@@ -41,10 +41,10 @@ def start_adafactor(optimizer: torch.optim.Optimizer) -> None:
     Adafactor would make whole tensors, which cannot be mixed with split ones.
     """
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        means = {"exp_avg_sq_row": parameter.mean(-1), "exp_avg_sq_col": parameter.mean(-2)} if parameter.ndim > 1 else {
-            "exp_avg_sq": parameter
-        }  # fmt: skip
-        optimizer.state[parameter] = {"step": 0, "RMS": 0} | {name: _zeros(mean) for name, mean in means.items()}
+        squares = {"exp_avg_sq": parameter}
+        if parameter.ndim > 1:
+            squares = {"exp_avg_sq_row": parameter.mean(-1), "exp_avg_sq_col": parameter.mean(-2)}
+        optimizer.state[parameter] = {"step": 0, "RMS": 0} | {name: _zeros(like) for name, like in squares.items()}
 
 
 def _zeros(like: DTensor) -> DTensor:

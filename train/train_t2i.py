@@ -8,6 +8,7 @@ Running the same command again resumes the run exactly; `torchrun --nproc_per_no
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
-from train.captions import write_captions
+from train.captions import write_caption, write_captions
 from train.data import Pictures
 from train.distil import TeacherFeatures, teacher_features
 from train.loss import Noise, diffusion_loss, draw_noise
@@ -147,10 +148,9 @@ class T2IRun(TrainingRun):
         super().__init__(t2i, pictures, held_out, preset, config, options)
         if self.split:
             raise ValueError("FSDP splits what train_vilex trains; train_t2i's denoiser is small: use ddp.yaml")
-        texts = write_captions(
-            pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction,
-        )  # fmt: skip
-        self.captions = tabulate(texts, t2i.tokenizer, t2i.config.context_length).to(self.device)
+        settings = {"seed": config.seed, "empty_share": config.empty_fraction}
+        write_all = partial(write_captions, variants=config.caption_variants, workers=workers, **settings)
+        self.read_texts(config.caption_variants, write_all, partial(write_caption, **settings))
         module = t2i.denoiser
         if config.align_weight:
             self.teacher = self._load_teacher()
@@ -177,9 +177,9 @@ class T2IRun(TrainingRun):
     @torch.no_grad()
     def _condition(self, batch: Batch) -> Conditioning:
         """What the denoiser reads of the captions; where prompts are trimmed, texts of like length go together."""
-        groups = self.captions.by_length(batch.indices, batch.variant, _LENGTH_GROUPS if self.trim else 1)
+        groups = batch.captions.by_length(batch.indices, batch.variant, _LENGTH_GROUPS if self.trim else 1)
         encoded = [
-            self.t2i.encode_prompt(self.captions.prompt(batch.indices[rows], batch.variant[rows], self.trim))
+            self.t2i.encode_prompt(batch.captions.prompt(batch.indices[rows], batch.variant[rows], self.trim))
             for rows in groups
         ]
         longest = max(condition.prompt_embeds.shape[1] for condition in encoded)
@@ -209,6 +209,7 @@ def main(
     preset: str,
     data: tuple[str, ...],
     validation: tuple[str, ...],
+    stream: int | None,
     limit: int | None,
     out: Path,
     text_encoder: str | None,
@@ -227,9 +228,9 @@ def main(
     with usage_errors():
         recipe = trainable_preset(preset)
         config = override(recipe.t2i, overrides)
-        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit)
+        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit, stream)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
         run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
         run.resume()
     run.run()
