@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import copytree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -102,12 +103,12 @@ if __name__ == "__main__":
     for kind in MAINS:
         in_processes(1, kind, folder, "one")
         in_processes(2, kind, folder, "two")
-        in_processes(1, kind, folder, "one-two", "halt")
-        in_processes(2, kind, folder, "one-two")
-        in_processes(1, kind, folder, "stream-one", "stream")
-        in_processes(2, kind, folder, "stream-two", "stream", "halt")
-        in_processes(2, kind, folder, "stream-two", "stream")
-    in_processes(1, "vilex", folder, "one-split", "halt")
+    in_processes(1, "t2i", folder, "stream-one", "stream")
+    in_processes(2, "t2i", folder, "stream-two", "stream", "halt")
+    in_processes(2, "t2i", folder, "stream-two", "stream")
+    in_processes(1, "vilex", folder, "one-two", "halt")
+    copytree(folder / "vilex" / "one-two", folder / "vilex" / "one-split")
+    in_processes(2, "vilex", folder, "one-two")
     in_processes(2, "vilex", folder, "one-split", "split")
     in_processes(2, "vilex", folder, "split-one", "split", "halt")
     in_processes(1, "vilex", folder, "split-one")
