@@ -2,8 +2,8 @@
 
     python -m train.train_t2i --preset nano --data 'pictures64-train-*.parquet' --out runs/t2i
 
-Running the same command again resumes the run exactly; `torchrun --nproc_per_node N -m` in place of
-`python -m` trains on N GPUs. `--init-from` starts from shipped weights instead.
+Running the same command again resumes the run exactly; `accelerate launch --config_file train/configs/ddp.yaml -m` in
+place of `python -m` trains on several GPUs. `--init-from` starts from shipped weights instead.
 """
 
 from collections.abc import Sequence

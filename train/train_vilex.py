@@ -9,8 +9,8 @@ a new tower first learns from a trained network. Source: ViLex (CVPR 2025).
 
 The presets sd15, sd21 and sdxl follow the paper with Stable Diffusion and SigLIP; they need a GPU node and the hub:
 
-    torchrun --nproc-per-node 8 -m train.train_vilex --preset sd21 --t2i OWNER/STABLE-DIFFUSION-2-1 \
-        --data 'shards/*.tar' --accumulate 16 --out runs/sd21
+    accelerate launch --config_file train/configs/ddp.yaml -m train.train_vilex --preset sd21 \
+        --t2i OWNER/STABLE-DIFFUSION-2-1 --data 'shards/*.tar' --stream 4 --accumulate 16 --out runs/sd21
 """
 
 import re
