@@ -20,6 +20,7 @@ from train import train_t2i, train_vilex
 from train.batches import Batch, draw_batch, tabulate
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
 from train.loss import Noise, diffusion_loss, draw_noise, loss_weights
+from train.memory import count_kept
 from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
@@ -263,6 +264,19 @@ def test_accumulating_two_micro_batches_equals_one_batch(kind, files, tmp_path):
     for name, whole in weights[0].items():
         # both optimisers would blow up rounding to whole steps, so only what the loss depends on is compared
         assert torch.allclose(visible(name, whole), visible(name, weights[1][name]), atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_checkpointed_gradients_train_alike(kind, files, tmp_path):
+    losses, bytes_kept = [], []
+    for flags in ([], ["--checkpoint-gradients"]):
+        out = tmp_path / f"out{len(flags)}"
+        with count_kept() as kept:
+            succeed(kind, files, out, "--max-steps", "2", *flags)
+        losses.append([line["loss"] for line in read_metrics(out) if "loss" in line])
+        bytes_kept.append(kept.total)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert bytes_kept[1] < 0.8 * bytes_kept[0]
 
 
 # What is drawn
@@ -515,6 +529,7 @@ BAD = [
     (["--batch-size", "0"], "batch_size must be between 1 and 65536, got 0"),
     (["--learning-rate", "nan"], "learning_rate must be a number, got nan"),
     (["--accumulate", "0"], "0 is not in the range x>=1"),
+    (["--stream", "1"], "--stream reads .tar shards alone, got"),
 ]
 BAD_T2I = [(["--init-from", "/"], "/ holds no text-to-image model: model_index.json is missing")]
 BAD_VILEX = [
