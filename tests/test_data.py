@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import tarfile
 from collections import Counter
 
 import datasets
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from training import write_shard
 
 from train import data
 from train.data import (
@@ -43,14 +43,6 @@ def halves(alpha: int = 255) -> Image.Image:
 
 def write_table(path, rows: list[dict]) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def write_shard(path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as shard:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            shard.addfile(info, io.BytesIO(data))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vilex.encoder import build_encoder
 from vilex.pipeline import VilexPipeline
 from vilex.upsampler import LanczosUpsampler
 
-LATENT = ("sd15", "sd21", "sd3")
+LATENT = ("sd15", "sd21", "sdxl", "sd3")
 TOWER = {
     "embed_dim": 24,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},

@@ -19,6 +19,7 @@ from training import assert_same, checkpoint, reset_accelerate, snapshot, visibl
 from train import train_t2i, train_vilex
 from train.batches import Batch, draw_batch, tabulate
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
+from train.memory import count_kept
 from train.presets import PRESETS, TrainConfig, UNetConfig
 from train.run import RunOptions, load_data, override, source_weights
 from train.state import TrainState, _step, lr_schedule, step_generator
@@ -265,6 +266,19 @@ def test_accumulating_two_micro_batches_equals_one_batch(kind, files, tmp_path):
         assert torch.allclose(visible(name, whole), visible(name, weights[1][name]), atol=1e-4), name
 
 
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_checkpointed_gradients_train_alike(kind, files, tmp_path):
+    losses, bytes_kept = [], []
+    for flags in ([], ["--checkpoint-gradients"]):
+        out = tmp_path / f"out{len(flags)}"
+        with count_kept() as kept:
+            succeed(kind, files, out, "--max-steps", "2", *flags)
+        losses.append([line["loss"] for line in read_metrics(out) if "loss" in line])
+        bytes_kept.append(kept.total)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert bytes_kept[1] < 0.8 * bytes_kept[0]
+
+
 # What is drawn
 
 
@@ -296,7 +310,7 @@ def test_noise_of_a_share_is_that_of_the_whole_batch(files):
 
 def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
     run = build_run("t2i", files, tmp_path, noise_draws=2)
-    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    batch = draw_batch(run.pictures, run.captions, run.config, run.weights, 0, slice(0, 4))
     noises = [draw_noise(run.t2i, 4, step_generator(0, draw)) for draw in (1, 2)]
     with torch.no_grad():
         together = run.batch_loss(batch, Noise.concatenate(noises), 0)
@@ -307,7 +321,7 @@ def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
 
 def test_texts_of_like_length_are_encoded_together_to_the_same_end(files, tmp_path, monkeypatch):
     run = build_run("t2i", files, tmp_path)
-    batch = draw_batch(run.pictures, run.captions.variants, run.config, run.weights, 0, slice(0, 4))
+    batch = draw_batch(run.pictures, run.captions, run.config, run.weights, 0, slice(0, 4))
     conditions = []
     for groups in (1, 4):
         monkeypatch.setattr(train_t2i, "_LENGTH_GROUPS", groups)
@@ -368,7 +382,7 @@ def test_taildrop_prefers_the_ladder():
 def test_joint_prompts_are_those_of_compose_and_image_only_ones_hold_no_words(files, tmp_path):
     run = build_run("vilex", files, tmp_path)
     indices, variants, tokens = torch.tensor([3, 0, 5]), torch.tensor([0, 1, 2]), torch.randn(3, 4, 8)
-    batch, records = Batch(indices, variants, torch.zeros(3, 3, 32, 32)), run.pictures.records
+    batch, records = Batch(indices, variants, torch.zeros(3, 3, 32, 32), run.captions), run.pictures.records
     texts = [style_caption(records[3]), content_caption(records[0]), plain_caption(records[5])]
     assert all(texts) and len(set(texts)) == 3
     for joint in (True, False):
@@ -515,6 +529,7 @@ BAD = [
     (["--batch-size", "0"], "batch_size must be between 1 and 65536, got 0"),
     (["--learning-rate", "nan"], "learning_rate must be a number, got nan"),
     (["--accumulate", "0"], "0 is not in the range x>=1"),
+    (["--stream", "1"], "--stream reads .tar shards alone, got"),
 ]
 BAD_T2I = [(["--init-from", "/"], "/ holds no text-to-image model: model_index.json is missing")]
 BAD_VILEX = [

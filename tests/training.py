@@ -1,6 +1,8 @@
 """What tests of the trainers share: a small table, the command lines, and what a run leaves behind."""
 
 import io
+import json
+import tarfile
 from pathlib import Path
 
 import click
@@ -24,6 +26,28 @@ def write_table(path: Path) -> None:
         rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "source": "emoji", "style": "sketch",
                      "label": "dog" if i % 2 else "cat"})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> None:
+    """A tar file of files by name."""
+    with tarfile.open(path, "w") as shard:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            shard.addfile(info, io.BytesIO(data))
+
+
+def write_table_as_shards(table: Path, folder: Path, count: int) -> None:
+    """The rows of a table as tar shards of JSON and pictures."""
+    folder.mkdir()
+    rows = pq.read_table(table).to_pylist()
+    for shard in range(count):
+        files = {}
+        for row in rows[shard::count]:
+            image = row.pop("image")
+            name = Path(image["path"])
+            files |= {f"{name}": image["bytes"], f"{name.stem}.json": json.dumps(row).encode()}
+        write_shard(folder / f"{shard}.tar", files)
 
 
 def reset_accelerate() -> None:

@@ -1,7 +1,7 @@
 """What one training step reads: pictures and token ids of captions, both functions of (seed, step)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -55,22 +55,41 @@ def tabulate(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase,
 
 @dataclass(frozen=True)
 class Batch:
-    """indices int64 (B,), caption variants int64 (B,), pixels (B,3,H,W) in [-1,1]."""
+    """indices int64 (B,) and variants int64 (B,), a row of `captions` each; pixels (B,3,H,W) in [-1,1]."""
 
     indices: Tensor
     variant: Tensor
     pixels: Tensor
+    captions: CaptionTable
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch where an accelerator copies from fastest; torch's DataLoader asks for it."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
 
 def draw_batch(
-    pictures: Pictures, variants: int, config: TrainConfig, weights: Tensor | None, global_step: int, share: slice
+    pictures: Pictures,
+    captions: CaptionTable,
+    config: TrainConfig,
+    weights: Tensor | None,
+    global_step: int,
+    share: slice,
 ) -> Batch:
     """The `share` of one step's pictures, a function of (seed, step).
 
     A cut-out picture stands on the background of its caption variant, so words and colours agree.
     """
     indices = batch_indices(config.seed, global_step, config.batch_size, len(pictures), weights)
-    variant = torch.randint(variants, (len(indices),), generator=step_generator(config.seed, global_step))
+    variant = draw_variants(captions.variants, config, global_step)
     indices, variant = indices[share], variant[share]
     pixels = pictures.batch(indices, background_colours(config.seed, variant, indices))
-    return Batch(indices.to(pixels.device), variant.to(pixels.device), pixels)
+    return Batch(indices.to(pixels.device), variant.to(pixels.device), pixels, captions)
+
+
+def draw_variants(count: int, config: TrainConfig, global_step: int) -> Tensor:
+    """Which of `count` texts stands beside each of a step's pictures, int64 (B,)."""
+    return torch.randint(count, (config.batch_size,), generator=step_generator(config.seed, global_step))

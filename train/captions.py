@@ -47,11 +47,11 @@ class Look:
 def write_caption(
     record: Record,
     pixels: np.ndarray | torch.Tensor,
-    *,
-    seed: int,
     index: int,
     epoch: int,
     background: np.ndarray | torch.Tensor | None = None,
+    *,
+    seed: int,
     empty_share: float = EMPTY_SHARE,
 ) -> str:
     """The caption of one picture, a pure function of the arguments; pixels are uint8 (3,H,W).

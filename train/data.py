@@ -102,20 +102,27 @@ def load_pictures(
 
 
 def _collect(entries: Iterator[Entry], image_size: int, source: Any) -> Pictures:
-    records, colours, alphas, broken = [], [], [], []
+    records, levels, broken = [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         while chunk := list(islice(entries, _CHUNK)):
-            for entry, decoded in zip(chunk, threads.map(partial(_decode, image_size=image_size), chunk), strict=True):
-                if isinstance(decoded, ValueError):
-                    log.warning("left out: %s", decoded)
-                    broken.append(str(decoded))
+            decoded = threads.map(partial(decode_entry, image_size=image_size), chunk)
+            for entry, found in zip(chunk, decoded, strict=True):
+                if isinstance(found, ValueError):
+                    log.warning("left out: %s", found)
+                    broken.append(str(found))
                 else:
                     records.append(entry.record)
-                    colours.append(decoded[:3].copy())
-                    alphas.append(decoded[3:].copy() if decoded[3].min() < 255 else None)
+                    levels.append(found)
     if not records:
         raise ValueError(f"no pictures found in {source!r}" + (f": {broken[0]}" if broken else ""))
-    return Pictures(torch.from_numpy(np.stack(colours)), records, *_stack_alpha(alphas, image_size))
+    return stack_pictures(records, levels)
+
+
+def stack_pictures(records: list[Record], levels: Sequence[np.ndarray]) -> Pictures:
+    """Pictures of what `decode_entry` gave, at least one."""
+    alphas = [part[3:] if len(part) > 3 else None for part in levels]
+    colours = torch.from_numpy(np.stack([part[:3] for part in levels]))
+    return Pictures(colours, records, *_stack_alpha(alphas, colours.shape[-1]))
 
 
 def _stack_alpha(rows: list[np.ndarray | None], image_size: int) -> tuple[Tensor, Tensor]:
@@ -125,15 +132,16 @@ def _stack_alpha(rows: list[np.ndarray | None], image_size: int) -> tuple[Tensor
     return torch.from_numpy(stacked), torch.from_numpy(np.cumsum(is_cut_out) * is_cut_out)
 
 
-def _decode(entry: Entry, image_size: int) -> np.ndarray | ValueError:
-    """uint8 (4,H,W): colours multiplied by alpha, and alpha; or what is wrong with the file."""
+def decode_entry(entry: Entry, image_size: int) -> np.ndarray | ValueError:
+    """uint8 (3 or 4,H,W): colours multiplied by alpha, and alpha unless opaque; or what is wrong with the file."""
     try:
         image = decode_image(entry.data, name=entry.record.key).convert("RGBA")
     except ValueError as error:
         return error
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-    return np.asarray(image.convert("RGBa")).transpose(2, 0, 1)
+    levels = np.asarray(image.convert("RGBa")).transpose(2, 0, 1)
+    return levels[: 4 if levels[3].min() < 255 else 3].copy()
 
 
 # Which pictures, on which background, at which step

@@ -227,6 +227,13 @@ PRESETS = {
         vilex=PAPER_SCHEDULE,
         encoder_init="open_clip:webli",
     ),
+    # Tokens of width 768 + 1280, for both text encoders.
+    "sdxl": Preset(
+        encoder=SIGLIP,
+        pooler=PoolerConfig(width=1280, heads=20, patch_width=1152),
+        vilex=PAPER_SCHEDULE,
+        encoder_init="open_clip:webli",
+    ),
     # T5 reads 255 tokens, CLIP the first 75 of them
     "sd3": Preset(
         encoder=SIGLIP,

@@ -1,21 +1,26 @@
 """What both trainers share: command-line options, loading, the run's pictures, and the road from start to end."""
 
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.logging import get_logger
 from torch import Tensor, nn
 
-from train.batches import Batch, CaptionTable, draw_batch
+from train.batches import Batch, CaptionTable, draw_batch, tabulate
 from train.data import Pictures, Record, load_pictures, sampling_weights
+from train.memory import checkpoint_gradients
 from train.presets import PRESETS, Preset, TrainConfig
+from train.sharding import start_adafactor
+from train.shards import ShardBatches, ShardLoader, Shards, Write, load_shards
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
@@ -36,6 +41,8 @@ class RunOptions:
     compiled: bool = False
     fp32: bool = False
     dry_run: bool = False
+    checkpoint_gradients: bool = False
+    stream: int | None = None  # workers that read shards while training
 
 
 _OPTIONS = (
@@ -44,11 +51,17 @@ _OPTIONS = (
         type=click.Choice(sorted(PRESETS)),
         default="nano",
         show_default=True,
-        help="tiny: tests; nano: a CPU; mini: one GPU; midi: at 256 px; sd15, sd21, sd3: Stable Diffusion with SigLIP, "
-        "for a GPU node.",
+        help="tiny: tests; nano: a CPU; mini: one GPU; midi: at 256 px; sd15, sd21, sdxl, sd3: Stable Diffusion with "
+        "SigLIP, for a GPU node.",
     ),
     click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME."),
     click.option("--validation", multiple=True, help="Held-out pictures, read like --data."),
+    click.option(
+        "--stream",
+        metavar="WORKERS",
+        type=click.IntRange(min=0),
+        help="Read .tar shards while training, with so many workers per process, instead of holding all pictures.",
+    ),
     click.option("--limit", type=click.IntRange(min=1), help="Read only this many pictures."),
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."),
     click.option("--text-encoder", help="Folder of MiniLM, instead of the usual places."),
@@ -62,6 +75,9 @@ _OPTIONS = (
     ),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile the denoiser."),
     click.option("--fp32", is_flag=True, help="No bf16 autocast."),
+    click.option(
+        "--checkpoint-gradients", is_flag=True, help="Less memory: compute the frozen networks' states twice."
+    ),
     click.option("--dry-run", is_flag=True, help="Log sizes, compute and memory, then stop."),
 )
 
@@ -105,10 +121,16 @@ def override(config: TrainConfig, overrides: dict[str, float | None]) -> TrainCo
 
 
 def load_data(
-    image_size: int, data: Sequence[str], validation: Sequence[str] = (), limit: int | None = None
-) -> tuple[Pictures, Pictures | None]:
-    """Training pictures, and the held-out ones if any."""
+    image_size: int,
+    data: Sequence[str],
+    validation: Sequence[str] = (),
+    limit: int | None = None,
+    stream: int | None = None,
+) -> tuple[Pictures | Shards, Pictures | None]:
+    """Training pictures, in shards with `stream`, and the held-out ones if any."""
     held_out = load_pictures(list(validation), image_size=image_size, limit=MAX_HELD_OUT) if validation else None
+    if stream is not None:
+        return load_shards(data, image_size, limit), held_out
     return load_pictures(list(data), image_size=image_size, limit=limit), held_out
 
 
@@ -124,12 +146,13 @@ class TrainingRun(ABC):
     """One run: pictures and captions on the device, a trained module, and the loop around it."""
 
     module: nn.Module  # what is trained
-    captions: CaptionTable
+    captions: CaptionTable | None = None  # of pictures in memory
+    stream: ShardLoader | None = None  # of pictures in shards
 
     def __init__(
         self,
         t2i: TextToImage,
-        pictures: Pictures,
+        pictures: Pictures | Shards,
         held_out: Pictures | None,
         preset: Preset,
         config: TrainConfig,
@@ -144,10 +167,23 @@ class TrainingRun(ABC):
         require_even_shares(config.batch_size, self.accelerator)
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
-        self.weights = source_weights(pictures.records, preset.source_weights)
+        if options.checkpoint_gradients:
+            checkpoint_gradients(self.t2i)
+        streamed = isinstance(pictures, Shards)
+        self.weights = None if streamed else source_weights(pictures.records, preset.source_weights)
         if self.weights is None and preset.source_weights:
-            log.info("all pictures weigh alike: some are of sources that the preset has no share for")
+            why = "shards are read in turn" if streamed else "some are of sources that the preset has no share for"
+            log.info("all pictures weigh alike: %s", why)
         self.pictures, self.held_out = pictures.to(self.device), held_out and held_out.to(self.device)
+
+    def read_texts(self, variants: int, write_all: Callable[[Pictures], list[list[str]]], write: Write) -> None:
+        """Prepares the texts beside the pictures: of all now, or of shards' when they are read."""
+        tokenize = partial(tabulate, tokenizer=self.t2i.tokenizer, context_length=self.t2i.config.context_length)
+        if isinstance(self.pictures, Shards):
+            batches = ShardBatches(self.pictures, self.config, variants, self.share, write, tokenize)
+            self.stream = ShardLoader(batches, self.options.accumulate, self.options.stream)
+        else:
+            self.captions = tokenize(write_all(self.pictures)).to(self.device)
 
     def attach(
         self,
@@ -160,10 +196,13 @@ class TrainingRun(ABC):
 
         frozen: what is read but not trained, with its name.
         """
-        self.module = module
+        shown = copy.deepcopy(module).cpu() if self.split else None
+        self.module = module if shown is None else shown
         self.model, optimizer = self.accelerator.prepare(module if model is None else model, optimizer)
+        if self.split:
+            start_adafactor(optimizer)
         inputs = {"data": self.pictures.fingerprint(), frozen[0]: fingerprint(frozen[1])}
-        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs)
+        self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs, shown)
 
     def compiled(self, denoiser: nn.Module) -> nn.Module:
         """The denoiser, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
@@ -182,6 +221,11 @@ class TrainingRun(ABC):
         """Writes the trained weights; runs under the EMA weights."""
 
     @property
+    def split(self) -> bool:
+        """Whether FSDP splits the trained module among the processes; `module` is then a whole copy of it."""
+        return self.accelerator.distributed_type == DistributedType.FSDP
+
+    @property
     def trim(self) -> bool:
         """Whether prompts are cut to the longest of the batch: fixed shapes are faster on a GPU only.
 
@@ -194,11 +238,20 @@ class TrainingRun(ABC):
         """Pictures of one micro-batch on one process."""
         return self.config.batch_size // (self.options.accumulate * self.accelerator.num_processes)
 
+    def share(self, micro: int) -> slice:
+        """Which of a step's pictures are this process's in one micro-batch."""
+        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_size
+        return slice(first, first + self.micro_size)
+
+    def draw(self, global_step: int, micro: int) -> Batch:
+        """The pictures of one micro-batch on this process, and their texts."""
+        if self.stream is not None:
+            return self.stream.batch(global_step, micro)
+        return draw_batch(self.pictures, self.captions, self.config, self.weights, global_step, self.share(micro))
+
     def loss(self, global_step: int, micro: int) -> Tensor:
         """Loss of one micro-batch on this process: a share of the step's pictures and of its noise."""
-        first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_size
-        share = slice(first, first + self.micro_size)
-        batch = draw_batch(self.pictures, self.captions.variants, self.config, self.weights, global_step, share)
+        batch, share = self.draw(global_step, micro), self.share(micro)
         generator = step_generator(self.config.seed, global_step, _NOISE_STREAM, self.device)
         # drawn for the whole step, so that a run does not depend on how its batches are split
         draws = [draw_noise(self.t2i, self.config.batch_size, generator) for _ in range(self.config.noise_draws)]
@@ -209,11 +262,10 @@ class TrainingRun(ABC):
     def report(self) -> None:
         """Logs sizes, compute and memory before the first step."""
         with torch.compiler.set_stance("force_eager"):  # compiled code hides its operations
-            self.flops_per_picture = count_flops(lambda: self.loss(0, 0)) / self.micro_size
-        self.module.zero_grad()
+            self.flops_per_picture = count_flops(lambda: self.loss(self.state.global_step, 0)) / self.micro_size
+        self.model.zero_grad()
         config, parameters = self.config, parameter_count(self.module)
-        stored = self.pictures.pixels.nbytes + self.captions.ids.nbytes
-        log.info("%d pictures, %.2f GB with %d texts each", len(self.pictures), stored / 1e9, self.captions.variants)
+        self._report_data()
         log.info(
             "%.2fM trained parameters; with gradients, optimiser and EMA up to %.2f GB",
             parameters / 1e6,
@@ -227,6 +279,13 @@ class TrainingRun(ABC):
             config.batch_size,
         )
 
+    def _report_data(self) -> None:
+        if self.stream is not None:
+            log.info("%s, read while training", self.pictures.fingerprint())
+            return
+        stored = self.pictures.pixels.nbytes + self.captions.ids.nbytes
+        log.info("%d pictures, %.2f GB with %d texts each", len(self.pictures), stored / 1e9, self.captions.variants)
+
     def resume(self) -> None:
         """Takes up the run in --out, if there is one. Raises ValueError when it has other settings or inputs."""
         if self.state.resume():
@@ -238,9 +297,10 @@ class TrainingRun(ABC):
         if self.options.dry_run:
             return
         train(self.state, self.model, self.loss, self._sample, self.flops_per_picture)
-        if self.accelerator.is_main_process:
-            with self.state.averaged(), self._evaluating():
+        with self.state.averaged(), self._evaluating():
+            if self.accelerator.is_main_process:
                 self.save_weights()
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
     def _sample(self) -> dict[str, float]:

@@ -45,13 +45,16 @@ def read_entries(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Ite
 
     Raises: ValueError when a part of it does not exist or is of no known kind.
     """
-    return (entry for part in _parts(source) for entry in _read(part))
+    return (entry for part in expand(source) for entry in _read(part))
 
 
-def _parts(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """Files, folders of pictures and hub names, in a fixed order."""
+def expand(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """Files, folders of pictures and hub names that a source stands for, in a fixed order.
+
+    Raises: ValueError when a part of it does not exist.
+    """
     if not isinstance(source, (str, os.PathLike)):
-        return [part for one in source for part in _parts(one)]
+        return [part for one in source for part in expand(one)]
     name = os.fspath(source)
     if name.startswith("hub:"):
         return [name]
@@ -125,14 +128,25 @@ def _lines(text: str) -> list[str]:
 def _read_shard(path: Path) -> Iterator[Entry]:
     import webdataset
 
-    suffixes = [suffix.removeprefix(".") for suffix in sorted(SUFFIXES)]
     for sample in webdataset.WebDataset(str(path), shardshuffle=False):
-        data = next((sample[suffix] for suffix in suffixes if suffix in sample), None)
-        if data is not None:
-            fields = json.loads(sample.get("json", b"{}"))
-            if "txt" in sample:
-                fields["captions"] = _lines(sample["txt"].decode("utf-8"))
-            yield Entry(_record(f"{path.name}:{sample['__key__']}", path.stem, fields), data)
+        if entry := shard_entry(sample, path):
+            yield entry
+
+
+def shard_suffixes() -> list[str]:
+    """Endings of the pictures in a shard, without the dot; where a sample has several, the first counts."""
+    return [suffix.removeprefix(".") for suffix in sorted(SUFFIXES)]
+
+
+def shard_entry(sample: Mapping[str, Any], path: Path) -> Entry | None:
+    """The picture of a WebDataset sample from the shard `path`, with its text and JSON; None where there is none."""
+    data = next((sample[suffix] for suffix in shard_suffixes() if suffix in sample), None)
+    if data is None:
+        return None
+    fields = json.loads(sample.get("json", b"{}"))
+    if "txt" in sample:
+        fields["captions"] = _lines(sample["txt"].decode("utf-8"))
+    return Entry(_record(f"{path.name}:{sample['__key__']}", path.stem, fields), data)
 
 
 def _read_hub(name: str) -> Iterator[Entry]:

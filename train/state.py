@@ -1,7 +1,8 @@
 """The state of a training run and the loop around it, shared by train_t2i and train_vilex.
 
 Everything a step draws is a function of (seed, step), so a run resumes exactly by running the same
-command again: the checkpoint holds weights, EMA, optimiser and step, and no random state.
+command again, on another number of processes too: the checkpoint holds weights, EMA, optimiser and step,
+and no random state.
 """
 
 import json
@@ -17,10 +18,11 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 from train.presets import TrainConfig
+from train.sharding import fill, gather, split_like
 
 Loss = Callable[[int, int], Tensor]  # (global_step, micro_step) -> mean loss of that micro-batch
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -47,6 +49,7 @@ class TrainState:
 
     folder/checkpoint.pt is replaced atomically; folder/metrics.jsonl gets one line per logged step.
     inputs: what the run reads and must find again when it is resumed, by name, as fingerprints.
+    shown: a whole copy of the module for samples and weights, where FSDP splits the module itself.
     """
 
     def __init__(
@@ -57,13 +60,14 @@ class TrainState:
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         inputs: Mapping[str, str],
+        shown: nn.Module | None = None,
     ) -> None:
         self.folder, self.accelerator, self.config, self.inputs = folder, accelerator, config, dict(inputs)
         self.ema = EMAModel(
             module.parameters(), decay=0.9999, use_ema_warmup=True, power=config.ema_power, foreach=True
         )
         self.ema.to(accelerator.device)
-        self.module, self.optimizer = module, optimizer
+        self.module, self.optimizer, self.shown = module, optimizer, shown
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.global_step = 0
 
@@ -82,14 +86,15 @@ class TrainState:
         """
         if not self.path.is_file():
             return False
-        saved = torch.load(self.path, map_location=self.accelerator.device, weights_only=True)
+        saved = torch.load(self.path, map_location="cpu", weights_only=True)
         self._require_same(saved)
         try:
-            self.module.load_state_dict(saved["module"])
+            self.module.load_state_dict(split_like(saved["module"], self.module.state_dict()))
         except RuntimeError as error:
             raise ValueError(f"{self.folder} holds a run of another network; give another --out") from error
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(split_like(saved["optimizer"], self.optimizer.state_dict()))
+        self.ema.load_state_dict(split_like(saved["ema"], self.ema.state_dict()))
+        self.ema.to(self.accelerator.device)
         self.global_step = saved["global_step"]
         return True
 
@@ -111,26 +116,23 @@ class TrainState:
                 )
 
     def save(self) -> None:
-        """Writes the checkpoint beside the old one, then takes its place.
+        """Writes the checkpoint beside the old one, then takes its place; every process must call it.
 
         Raises FloatingPointError on weights that are not finite, so that the last good checkpoint stays.
         """
+        networks = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict(),
+        }
+        networks = gather(networks)
         if not self.accelerator.is_main_process:
             return
-        if not all(parameter.isfinite().all() for parameter in self.module.parameters()):
+        if not all(tensor.isfinite().all() for tensor in networks["module"].values()):
             raise FloatingPointError(f"weights are not finite at step {self.global_step}; lower the learning rate")
+        about = {"global_step": self.global_step, "config": asdict(self.config), "inputs": self.inputs}
         temporary = self.path.with_suffix(".tmp")
-        torch.save(
-            {
-                "module": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.state_dict(),
-                "global_step": self.global_step,
-                "config": asdict(self.config),
-                "inputs": self.inputs,
-            },
-            temporary,
-        )
+        torch.save(networks | about, temporary)
         temporary.replace(self.path)
 
     def open_log(self) -> None:
@@ -154,13 +156,27 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While active the module holds the EMA weights."""
+        """While active the module, or the copy that is shown of it, holds the EMA weights; for every process."""
+        with self._copied() if self.shown is not None else self._swapped():
+            yield
+
+    @contextmanager
+    def _swapped(self) -> Iterator[None]:
         self.ema.store(self.module.parameters())
         self.ema.copy_to(self.module.parameters())
         try:
             yield
         finally:
             self.ema.restore(self.module.parameters())
+
+    @contextmanager
+    def _copied(self) -> Iterator[None]:
+        fill(self.shown, self.ema.shadow_params)
+        self.shown.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            self.shown.to("cpu")  # where it waits, so that it takes no room beside the split one
 
 
 class _Meter:
@@ -247,15 +263,31 @@ def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_p
 
 
 def _sample(state: TrainState, on_sample: Callable[[], dict[str, float]]) -> None:
-    if state.accelerator.is_main_process:
-        with state.averaged(), torch.no_grad():
+    with state.averaged(), torch.no_grad():
+        if state.accelerator.is_main_process:
             state.log_metrics(**on_sample())
-    state.accelerator.wait_for_everyone()
+        state.accelerator.wait_for_everyone()
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+_CPU_ATTENTION = {  # which torch does not count of itself
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
 
 
 def count_flops(run: Callable[[], Tensor]) -> float:
     """Floating-point operations of one forward and backward pass of `run`, which returns a loss."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
         run().backward()
     return float(counter.get_total_flops())
 

@@ -2,12 +2,13 @@
 
     python -m train.train_t2i --preset nano --data 'pictures64-train-*.parquet' --out runs/t2i
 
-Running the same command again resumes the run exactly; `torchrun --nproc_per_node N -m` in place of
-`python -m` trains on N GPUs. `--init-from` starts from shipped weights instead.
+Running the same command again resumes the run exactly; `accelerate launch --config_file train/configs/ddp.yaml -m` in
+place of `python -m` trains on several GPUs. `--init-from` starts from shipped weights instead.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
-from train.captions import write_captions
+from train.captions import write_caption, write_captions
 from train.data import Pictures
 from train.distil import TeacherFeatures, teacher_features
 from train.nets import load_efficientnet
@@ -145,10 +146,11 @@ class T2IRun(TrainingRun):
         workers: int = 1,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
-        texts = write_captions(
-            pictures, config.caption_variants, seed=config.seed, workers=workers, empty_share=config.empty_fraction,
-        )  # fmt: skip
-        self.captions = tabulate(texts, t2i.tokenizer, t2i.config.context_length).to(self.device)
+        if self.split:
+            raise ValueError("FSDP splits what train_vilex trains; train_t2i's denoiser is small: use ddp.yaml")
+        settings = {"seed": config.seed, "empty_share": config.empty_fraction}
+        write_all = partial(write_captions, variants=config.caption_variants, workers=workers, **settings)
+        self.read_texts(config.caption_variants, write_all, partial(write_caption, **settings))
         module = t2i.denoiser
         if config.align_weight:
             self.teacher = self._load_teacher()
@@ -175,9 +177,9 @@ class T2IRun(TrainingRun):
     @torch.no_grad()
     def _condition(self, batch: Batch) -> Conditioning:
         """What the denoiser reads of the captions; where prompts are trimmed, texts of like length go together."""
-        groups = self.captions.by_length(batch.indices, batch.variant, _LENGTH_GROUPS if self.trim else 1)
+        groups = batch.captions.by_length(batch.indices, batch.variant, _LENGTH_GROUPS if self.trim else 1)
         encoded = [
-            self.t2i.encode_prompt(self.captions.prompt(batch.indices[rows], batch.variant[rows], self.trim))
+            self.t2i.encode_prompt(batch.captions.prompt(batch.indices[rows], batch.variant[rows], self.trim))
             for rows in groups
         ]
         longest = max(condition.prompt_embeds.shape[1] for condition in encoded)
@@ -207,6 +209,7 @@ def main(
     preset: str,
     data: tuple[str, ...],
     validation: tuple[str, ...],
+    stream: int | None,
     limit: int | None,
     out: Path,
     text_encoder: str | None,
@@ -217,6 +220,7 @@ def main(
     compiled: bool,
     fp32: bool,
     dry_run: bool,
+    checkpoint_gradients: bool,
     **overrides: float | None,
 ) -> None:
     """Train the embedded text-to-image model."""
@@ -224,9 +228,9 @@ def main(
     with usage_errors():
         recipe = trainable_preset(preset)
         config = override(recipe.t2i, overrides)
-        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit)
+        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit, stream)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
         run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
         run.resume()
     run.run()

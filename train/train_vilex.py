@@ -7,10 +7,10 @@ The loss is the diffusion loss of the frozen model; gradients pass through its d
 the tokens. Half of the batches hold the image alone, half the image with words. With `--encoder-init teacher`
 a new tower first learns from a trained network. Source: ViLex (CVPR 2025).
 
-The presets sd15 and sd21 follow the paper with Stable Diffusion and SigLIP; they need a GPU node and the hub:
+The presets sd15, sd21, sdxl and sd3 follow the paper with Stable Diffusion and SigLIP, on a GPU node and with the hub:
 
-    torchrun --nproc-per-node 8 -m train.train_vilex --preset sd21 --t2i OWNER/STABLE-DIFFUSION-2-1 \
-        --data 'shards/*.tar' --accumulate 16 --out runs/sd21
+    accelerate launch --config_file train/configs/ddp.yaml -m train.train_vilex --preset sd21 \
+        --t2i OWNER/STABLE-DIFFUSION-2-1 --data 'shards/*.tar' --stream 4 --accumulate 16 --out runs/sd21
 
 With another tower, whose weights come from its library:
 
@@ -23,13 +23,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.optimization import Adafactor
 
-from train.batches import Batch, CaptionTable, tabulate
-from train.data import Pictures
+from train.batches import Batch
+from train.data import Pictures, Record
 from train.distil import DistilConfig, distil_encoder
 from train.encoder_init import read_encoder_init
 from train.nets import load_efficientnet
@@ -58,10 +59,14 @@ def _networks(t2i: TextToImage) -> nn.ModuleList:
     return nn.ModuleList(part for part in (t2i.denoiser, *t2i.text_encoders, t2i.vae) if part is not None)
 
 
-def tabulate_words(pictures: Pictures, t2i: TextToImage) -> CaptionTable:
-    """Three texts per picture to stand beside it: its style, its content, both; so that words can override."""
-    texts = [(style_caption(r), content_caption(r), plain_caption(r)) for r in pictures.records]
-    return tabulate(texts, t2i.tokenizer, t2i.config.context_length)
+def write_words(record: Record) -> list[str]:
+    """Three texts to stand beside a picture: its style, its content, both; so that words can override."""
+    return [style_caption(record), content_caption(record), plain_caption(record)]
+
+
+def write_one(record: Record, pixels: np.ndarray, index: int, variant: int, background: Tensor | None) -> str:
+    """One of the three texts."""
+    return write_words(record)[variant]
 
 
 def build_optimizer(model: ViLex, config: TrainConfig) -> Adafactor:
@@ -96,7 +101,7 @@ class VilexRun(TrainingRun):
         spell_steps: int = 0,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
-        self.captions = tabulate_words(pictures, t2i).to(self.device)
+        self.read_texts(3, lambda pictures: [write_words(record) for record in pictures.records], write_one)
         self.special = special_tokens(t2i.tokenizer)
         self.denoiser = self.compiled(self.t2i.denoiser)
         model = model.to(self.device).requires_grad_(True).train()
@@ -140,7 +145,7 @@ class VilexRun(TrainingRun):
 
     def prompt(self, batch: Batch, vilex_tokens: Tensor, joint: bool) -> ComposedPrompt:
         """[v] or [v, c] of a batch."""
-        ids, mask = self.captions.rows(batch.indices, batch.variant, self.trim)
+        ids, mask = batch.captions.rows(batch.indices, batch.variant, self.trim)
         first, last = len(self.special.prefix), len(self.special.suffix)
         word_mask = mask[:, first + last :]  # as many True as there are words
         word_ids = ids[:, first : first + word_mask.shape[1]]
@@ -249,6 +254,7 @@ def main(
     preset: str,
     data: tuple[str, ...],
     validation: tuple[str, ...],
+    stream: int | None,
     limit: int | None,
     out: Path,
     text_encoder: str | None,
@@ -263,6 +269,7 @@ def main(
     compiled: bool,
     fp32: bool,
     dry_run: bool,
+    checkpoint_gradients: bool,
     **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
@@ -273,9 +280,9 @@ def main(
         tower = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init, encoder_size)
         recipe = replace(recipe, encoder=tower.tower(recipe.encoder))
         t2i = load_t2i(t2i_folder, text_encoder)
-        pictures, held_out = load_data(t2i.image_size, data, validation, limit)
+        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream)
         model = build_model(recipe, t2i, init_from, config.seed, tower.pretrained)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
         run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)
         run.resume()
     run.run()
