@@ -121,7 +121,9 @@ class VilexRun(TrainingRun):
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss under the pictures' own tokens, with or without words, after TailDrop."""
         seed = self.config.seed
-        num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), self._max_tokens)
+        num_tokens = self._max_tokens
+        if self.config.tail_drop:
+            num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), num_tokens)
         joint = torch.rand((), generator=step_generator(seed, global_step, _WORDS_STREAM)) < self.config.joint_fraction
         vilex_tokens = self.model(batch.pixels, num_tokens)  # (B,N,D)
         condition = self.t2i.encode_prompt(self.prompt(batch, vilex_tokens, bool(joint)))
