@@ -22,7 +22,7 @@ import click
 from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, load_data, override, start, training_options, usage_errors
 from train.state import METRICS_NAME, parameter_count
-from train.train_vilex import VilexRun, build_model, read_encoder_init
+from train.train_vilex import VilexRun, build_model, read_encoder_init, t2i_option
 from vilex.config import DEFAULT_BUDGETS
 from vilex.diffusion import load_t2i
 
@@ -103,13 +103,7 @@ def markdown_table(table: dict[str, dict[str, Any]]) -> str:
 
 @click.command()
 @training_options
-@click.option(
-    "--t2i",
-    "t2i_folder",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="The frozen text-to-image model: a folder in diffusers layout or a hub id.",
-)
+@t2i_option
 @click.option("--rows", default=DEFAULT_ROWS, show_default=True, help="blocks-N, tokens-N, no-taildrop, image-only.")
 def main(
     preset: str,

@@ -240,15 +240,18 @@ def read_encoder_init(
     return None, encoder_init.removeprefix("open_clip:") if encoder_init != "random" else None
 
 
-@click.command()
-@training_options
-@click.option(
+t2i_option = click.option(
     "--t2i",
     "t2i_folder",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
     help="The frozen text-to-image model: a folder in diffusers layout or a hub id.",
 )
+
+
+@click.command()
+@training_options
+@t2i_option
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
 @click.option(
     "--encoder-init",
