@@ -109,6 +109,15 @@ def test_table_without_known_columns_takes_file_name_and_text(tmp_path):
     assert load_pictures(tmp_path / "*.parquet", image_size=4).records == [Record("own.parquet:0", "own", ("my wall",))]
 
 
+def test_questions_and_answers_are_read_and_a_question_leaves_the_fingerprint_alone(tmp_path):
+    row = {"image": encode(halves()), "answers": ["left", "to the left"]}
+    write_table(tmp_path / "asked.parquet", [row | {"question": "where is red?"}])
+    write_table(tmp_path / "bare.parquet", [row | {"source": "asked"}])
+    asked, bare = (load_pictures(tmp_path / name, image_size=8) for name in ("asked.parquet", "bare.parquet"))
+    assert (asked.records[0].question, asked.records[0].captions) == ("where is red?", ("left", "to the left"))
+    assert asked.fingerprint() == bare.fingerprint()  # runs of before there were questions go on
+
+
 def test_folder_takes_captions_from_text_files_and_metadata(tmp_path):
     (tmp_path / "inner").mkdir()
     halves().save(tmp_path / "b.png")

@@ -141,6 +141,16 @@ def test_probes_find_clusters_and_not_wrong_labels(probe) -> None:
     assert probe(features, 1 - labels, gallery, gallery_labels) == 0
 
 
+def test_wide_features_are_probed_by_their_principal_components() -> None:
+    count = measures.PROBE_WIDTH + 60
+    turn = gaussian(6, measures.PROBE_WIDTH + 8, seed=2)
+    (features, labels), (gallery, gallery_labels) = two_clusters(11, 0), two_clusters(count, 1)
+    assert measures.linear_probe(features @ turn, labels, gallery @ turn, gallery_labels) == 1
+    owners, seen = torch.arange(11), gallery[:, :2]
+    recall = measures.caption_recall(features @ turn, features[:, :2], owners, gallery @ turn, seen)
+    assert recall[1] == 1
+
+
 def test_knn_refuses_more_neighbours_than_the_gallery_holds() -> None:
     features, labels = two_clusters(5, 0)
     with pytest.raises(ValueError, match="between 1 and the 5 features"):

@@ -192,6 +192,11 @@ def test_a_saved_model_answers_as_before(vilex, tmp_path):
     assert told[0] == told[1]
 
 
+def test_a_base_in_half_precision_is_trained_in_full(vilex, tmp_path):
+    build_paligemma().to(torch.bfloat16).save_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in load_base(tmp_path, vilex, 2).parameters()} == {torch.float32}
+
+
 def test_a_paligemma_without_our_tower_is_not_taken_for_one(vilex, tmp_path):
     build_paligemma().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no ViLex tower"):

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,14 +93,14 @@ def load_pictures(
 
     Raises: ValueError when nothing is found or nothing of it can be read.
     """
-    entries = read_entries(source)
+    entries, wanted = read_entries(source), sorted(name for name, share in (sources or {}).items() if share > 0)
     if sources is not None:
-        wanted = {name for name, share in sources.items() if share > 0}
         entries = (entry for entry in entries if entry.record.source in wanted)
-    return _collect(islice(entries, limit), image_size, source)
+    of_sources = f" of {', '.join(wanted)}" if wanted else ""
+    return _collect(islice(entries, limit), image_size, f"{of_sources} found in {source!r}")
 
 
-def _collect(entries: Iterator[Entry], image_size: int, source: Any) -> Pictures:
+def _collect(entries: Iterator[Entry], image_size: int, where: str) -> Pictures:
     records, levels, broken = [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         while chunk := list(islice(entries, _CHUNK)):
@@ -114,7 +113,7 @@ def _collect(entries: Iterator[Entry], image_size: int, source: Any) -> Pictures
                     records.append(entry.record)
                     levels.append(found)
     if not records:
-        raise ValueError(f"no pictures found in {source!r}" + (f": {broken[0]}" if broken else ""))
+        raise ValueError(f"no pictures{where}" + (f": {broken[0]}" if broken else ""))
     return stack_pictures(records, levels)
 
 

@@ -125,7 +125,7 @@ class Finetuning:
 
     @torch.no_grad()
     def validation_loss(self, held_out: Questions, batch_size: int = 16) -> float:
-        """Mean over batches of the loss on each picture's first answer, without smoothing and dropout."""
+        """Loss on each held-out picture's first answer, without smoothing and dropout."""
         self.model.eval()
         batches = torch.arange(len(held_out.pictures)).split(batch_size)
         losses = [self._loss(*held_out.draw(rows, torch.zeros(len(rows))), 0.0).item() * len(rows) for rows in batches]
@@ -144,6 +144,7 @@ def finetune(run: Finetuning, held_out: Questions, out: Path) -> None:
         (out / METRICS_NAME).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         log.info("%s: validation loss %.4f", out, metrics["validation_loss"])
     run.accelerator.wait_for_everyone()
+    run.accelerator.free_memory()  # it holds on to the model otherwise, and the next setting brings its own
 
 
 def build_accelerator(config: FinetuneConfig, accumulate: int, fp32: bool) -> Accelerator:

@@ -8,6 +8,7 @@ from math import comb
 
 import torch
 import torch.nn.functional as F
+from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -19,6 +20,7 @@ from vilex.images import from_levels, to_levels
 
 CHUNK = 1024  # rows of a kernel matrix held at once
 RECALL_RANKS = (1, 5, 10)
+PROBE_WIDTH = 512  # columns that a linear model gets at most
 RIDGE_PENALTIES = tuple(10.0**i for i in range(1, 7))  # scikit-learn takes the best by leaving out one
 
 
@@ -128,14 +130,21 @@ def knn_accuracy(features: Tensor, labels: Tensor, gallery: Tensor, gallery_labe
     return float(model.score(features.numpy(), labels.numpy()))
 
 
+def _standardise(features: Tensor) -> list[StandardScaler | PCA]:
+    """Steps before a linear model; tokens say much the same, so thousands of columns would only take minutes."""
+    is_wide = min(features.shape) > PROBE_WIDTH
+    return [StandardScaler(), *([PCA(PROBE_WIDTH, svd_solver="randomized", random_state=0)] if is_wide else [])]
+
+
 def linear_probe(
     features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, inverse_penalty: float = 0.01
 ) -> float:
     """Accuracy on features (S,F) of a logistic regression fitted to standardised gallery features (T,F).
 
+    Of more than PROBE_WIDTH features it sees as many principal components.
     inverse_penalty: scikit-learn's C, the inverse strength of the L2 penalty.
     """
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
+    model = make_pipeline(*_standardise(gallery), LogisticRegression(C=inverse_penalty, max_iter=1000))
     model.fit(gallery.numpy(), gallery_labels.numpy())
     return float(model.score(features.numpy(), labels.numpy()))
 
@@ -149,7 +158,7 @@ def caption_recall(
     and cosines to all captions from there, about the gallery's mean, rank them. owners: int64 (M,), whose each is.
     """
     mean = gallery_captions.mean(0)
-    model = make_pipeline(StandardScaler(), RidgeCV(RIDGE_PENALTIES))
+    model = make_pipeline(*_standardise(gallery), RidgeCV(RIDGE_PENALTIES))
     model.fit(gallery.numpy(), (gallery_captions - mean).numpy())
     guesses = torch.from_numpy(model.predict(features.numpy())).to(captions)  # (S,E)
     cosines = F.normalize(guesses) @ F.normalize(captions - mean).T  # (S,M)

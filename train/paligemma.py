@@ -8,6 +8,7 @@ Source: ViLex (CVPR 2025), section 4.3.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,12 @@ class VilexTower(nn.Module):
             raise ValueError(f"tokens per grid must be between 0 and the pooler's {most}, got {num_tokens}")
         self.vilex, self.num_tokens = vilex.requires_grad_(False), num_tokens
         self.lift = nn.Linear(vilex.pooler.config.text_width, width) if num_tokens else None
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode for `lift`; what is frozen stays as it was measured."""
+        super().train(mode)
+        self.vilex.eval()
+        return self
 
     @property
     def num_positions(self) -> int:
@@ -133,8 +140,11 @@ def read_base(folder: str | Path) -> tuple[PreTrainedTokenizerBase, PaliGemmaCon
 
 
 def load_base(folder: str | Path, vilex: ViLex, num_tokens: int) -> PaliGemmaForConditionalGeneration:
-    """The PaliGemma in a folder or at the hub, with ViLex for its tower. Raises ValueError when weights do not fit."""
-    model = load_pretrained(PaliGemmaForConditionalGeneration, folder)
+    """The PaliGemma in a folder or at the hub, in fp32, with ViLex for its tower.
+
+    Raises ValueError when weights are missing or do not fit.
+    """
+    model = load_pretrained(PaliGemmaForConditionalGeneration, folder).float()  # transformers keeps a file's bf16
     swap_tower(model, vilex, num_tokens)
     return model
 

@@ -65,6 +65,7 @@ class TrainConfig(Config):
     noise_draws: int = setting(1, 1, 64, "noises per picture and step; its prompt is encoded once")
     empty_fraction: float = setting(0.1, 0, 1, "train_t2i: captions left empty, for guidance")
     joint_fraction: float = setting(0.5, 0, 1, "train_vilex: batches with words beside the image")
+    tail_drop: bool = True  # train_vilex: a random number of tokens per step, else always all
     seed: int = setting(0, 0, 2**32 - 1)
     sample_every: int = setting(500, 1, 1_000_000, "steps between sample grids")
     save_every: int = setting(500, 1, 1_000_000, "steps between checkpoints")

@@ -132,7 +132,9 @@ class VilexRun(TrainingRun):
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss under the pictures' own tokens, with or without words, after TailDrop."""
         seed = self.config.seed
-        num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), self._max_tokens)
+        num_tokens = self._max_tokens
+        if self.config.tail_drop:
+            num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), num_tokens)
         joint = torch.rand((), generator=step_generator(seed, global_step, _WORDS_STREAM)) < self.config.joint_fraction
         vilex_tokens = self.model(batch.pixels, num_tokens)  # (B,N,D)
         condition = self.t2i.encode_prompt(self.prompt(batch, vilex_tokens, bool(joint)))
@@ -224,15 +226,18 @@ def build_model(
     return VilexPipeline(t2i, model).vilex  # refuses more tokens than a prompt holds
 
 
-@click.command()
-@training_options
-@click.option(
+t2i_option = click.option(
     "--t2i",
     "t2i_folder",
     required=True,
     type=click.Path(file_okay=False, path_type=Path),
     help="The frozen text-to-image model: a folder in diffusers layout or a hub id.",
 )
+
+
+@click.command()
+@training_options
+@t2i_option
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A weights folder.")
 @click.option(
     "--encoder-init",
