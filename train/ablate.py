@@ -19,10 +19,11 @@ from typing import Any
 
 import click
 
+from train.encoder_init import read_encoder_init
 from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, load_data, override, start, training_options, usage_errors
 from train.state import METRICS_NAME, parameter_count
-from train.train_vilex import VilexRun, build_model, read_encoder_init, t2i_option
+from train.train_vilex import VilexRun, build_model, t2i_option
 from vilex.config import DEFAULT_BUDGETS
 from vilex.diffusion import load_t2i
 
@@ -109,6 +110,7 @@ def main(
     preset: str,
     data: tuple[str, ...],
     validation: tuple[str, ...],
+    stream: int | None,
     limit: int | None,
     out: Path,
     text_encoder: str | None,
@@ -119,6 +121,7 @@ def main(
     compiled: bool,
     fp32: bool,
     dry_run: bool,
+    checkpoint_gradients: bool,
     **overrides: float | None,
 ) -> None:
     """Train variants of ViLex and write ablations.json and ablations.md."""
@@ -131,14 +134,14 @@ def main(
         left = [row for row in wanted if finished.get(row.name, {}).get("settings") != row.settings()]
         log.info("rows to train: %s", ", ".join(row.name for row in left) or "none")
         t2i = load_t2i(t2i_folder, text_encoder)
-        pictures, held_out = load_data(t2i.image_size, data, validation, limit)
+        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream)
     for row in left:
         recipe, config = row.preset, row.preset.vilex
         with usage_errors():
-            distil, pretrained = read_encoder_init(None, None, None, config.seed, recipe.encoder_init)
-            model = build_model(recipe, t2i, seed=config.seed, pretrained=pretrained)
-            options = RunOptions(row.folder(out), accumulate, compiled, fp32, dry_run)
-            run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, distil)
+            tower = read_encoder_init(None, None, None, config.seed, recipe.encoder_init)
+            model = build_model(recipe, t2i, seed=config.seed, pretrained=tower.pretrained)
+            options = RunOptions(row.folder(out), accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
+            run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil)
             run.resume()
         run.run()
         if run.accelerator.is_main_process and not dry_run:
