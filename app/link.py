@@ -17,10 +17,11 @@ from app.ladder import rung_name
 from app.messages import finished, in_words
 from app.panel import Panel
 from app.studio import SAMPLING, Studio
-from vilex.recipe import MAX_RECIPE_CHARS, Recipe, from_json, to_json
+from vilex.recipe import Recipe, from_json, to_json
 
 MARK = "#vilex="
 MAX_CHARS = 7800  # of the part behind the address: the whole stays below 8 kB, which chats and mail leave whole
+_MAX_UNPACKED = 10**6  # bytes of its JSON; zlib could make 8 MB of a link
 _COPY = """async (part, note) => {
   const link = location.origin + location.pathname + part;
   const copied = await navigator.clipboard?.writeText(link).then(() => true, () => false);
@@ -90,7 +91,7 @@ def from_link(part: str) -> Recipe:
         raise ValueError(f"the link has {len(part)} characters, the limit is {MAX_CHARS}")
     text, unpacker = part.removeprefix(MARK), zlib.decompressobj()
     try:
-        data = unpacker.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), MAX_RECIPE_CHARS)
+        data = unpacker.decompress(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)), _MAX_UNPACKED)
     except (ValueError, zlib.error) as error:
         raise ValueError("the link is damaged: a part is missing or altered") from error
     if not unpacker.eof:

@@ -329,7 +329,7 @@ def test_a_batch_of_long_prompts_equals_prompts_one_by_one(sd3):
 
 def test_a_pooler_may_have_as_many_queries_as_a_prompt_has_positions(case):
     preset = replace(PRESETS["tiny"], pooler=replace(PRESETS["tiny"].pooler, num_queries=150))
-    if case.kind != "sd3":
+    if case.kind not in ("sd3", "flux"):  # those with T5
         with pytest.raises(ValueError, match="the text-to-image model holds 75 tokens, the pooler gives 150"):
             build_model(preset, case.t2i)
         return

@@ -15,6 +15,7 @@ from app.handlers import Handlers
 from app.models import LaterPipeline, named_models, other_folders, page_path
 from train.presets import PRESETS
 from vilex.checkpoint import find_weights
+from vilex.encoder import build_encoder
 from vilex.model import ViLex
 from vilex.pipeline import VilexPipeline
 
@@ -41,7 +42,7 @@ def small(t2i) -> VilexPipeline:
     """A second pipeline, whose pictures have at most 16 tokens."""
     torch.manual_seed(2)
     pooler = dataclasses.replace(PRESETS["tiny"].pooler, text_width=8, num_queries=16)
-    return VilexPipeline(t2i, ViLex(PRESETS["tiny"].encoder, pooler), "mini")
+    return VilexPipeline(t2i, ViLex(build_encoder(PRESETS["tiny"].encoder), pooler), "mini")
 
 
 def test_flags_name_the_models_or_else_the_environment(monkeypatch):

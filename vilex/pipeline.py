@@ -219,7 +219,7 @@ class VilexPipeline:
         self, image: Image.Image, config: PolishConfig, *, words: str = "", fit: Fit = "crop"
     ) -> Iterator[PolishStep]:
         """The steps of `polish`; closing the iterator stops within one."""
-        num_tokens, size = min(config.num_tokens, self.max_tokens), self.t2i.image_size
+        num_tokens, size = min(self.within(config.num_tokens), self.max_tokens), self.t2i.image_size
         if words or self.vilex is None:
             start = spell(self.t2i, words, num_tokens)
         else:
