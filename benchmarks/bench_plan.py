@@ -15,6 +15,7 @@ from train.plan import measure_cost, step_loss
 from train.published import Published, build_published
 from vilex.config import EncoderConfig, PoolerConfig
 from vilex.diffusion import TextToImage
+from vilex.encoder import build_encoder
 from vilex.model import ViLex
 
 SIZES = ((32, 8), (32, 16), (96, 16), (160, 16))  # width of the U-Net's first blocks, side of its latents
@@ -25,7 +26,7 @@ def build(width: int, side: int) -> tuple[TextToImage, ViLex]:
     """A model in Stable Diffusion's shape, for pictures of eight times that side."""
     shape = {"block_out_channels": (width, 2 * width, 4 * width, 4 * width), "cross_attention_dim": 256}
     t2i = build_published(Published(side, shape, (TEXT,)))
-    encoder = EncoderConfig(width=192, layers=4, heads=6, patch_size=8)
+    encoder = build_encoder(EncoderConfig(width=192, layers=4, heads=6, patch_size=8))
     return t2i, ViLex(encoder, PoolerConfig(text_width=256))
 
 

@@ -13,6 +13,7 @@ from train.presets import TrainConfig
 from train.published import PUBLISHED, Published, build_published
 from vilex.config import EncoderConfig, PoolerConfig
 from vilex.diffusion import TextToImage
+from vilex.encoder import build_encoder
 from vilex.model import ViLex
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -34,7 +35,7 @@ TINY = {
 
 def build(name: str) -> tuple[TextToImage, ViLex]:
     t2i = build_published(TINY[name])
-    encoder = EncoderConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2)
+    encoder = build_encoder(EncoderConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2))
     return t2i, ViLex(encoder, PoolerConfig(width=16, heads=2, num_blocks=2, patch_width=16, text_width=t2i.text_width))
 
 
