@@ -14,6 +14,7 @@ from app.ui import Notes, build_demo, launch_options
 from tests.e2e.conftest import free_port, open_app
 from tests.e2e.test_app import download, open_settings, set_slider, wait_drawn
 from train.presets import PRESETS
+from vilex.encoder import build_encoder
 from vilex.model import ViLex
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import load_recipe
@@ -26,7 +27,7 @@ def address(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """An app of two tiny random models, "tiny" of 75 tokens and "small" of 16."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
     pooler = dataclasses.replace(PRESETS["tiny"].pooler, text_width=8, num_queries=16)
-    small = VilexPipeline(pipeline.t2i, ViLex(PRESETS["tiny"].encoder, pooler), "small")
+    small = VilexPipeline(pipeline.t2i, ViLex(build_encoder(PRESETS["tiny"].encoder), pooler), "small")
     both = [Handlers(each) for each in (pipeline, small)]
     demo = build_demo(both[0], others=[(both[1], Notes())])
     demo.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, **launch_options())
