@@ -21,13 +21,14 @@ _log = logging.getLogger(__name__)
 class LaterPipeline:
     """Stands in for the VilexPipeline of a folder until anything beyond these is asked of it, then `load` gives it.
 
-    name, max_tokens and is_embedded, by which a page is laid out, come from the folder's small files.
+    name, max_tokens, is_embedded and has_encoder, by which a page is laid out, come from the folder's small files.
     """
 
     def __init__(self, folder: Path, load: Callable[[], VilexPipeline]) -> None:
         self.name = weights_name(folder)
         self.max_tokens = _max_tokens(folder)
         self.is_embedded = (folder / "t2i" / EMBEDDED_MARK).is_file()
+        self.has_encoder = (folder / CONFIG_NAME).is_file()
         self._load, self._lock, self._pipeline = load, threading.Lock(), None
 
     def __getattr__(self, name: str) -> Any:

@@ -220,7 +220,7 @@ def _header(handlers: Handlers, notes: Notes) -> str:
     banners = []
     if handlers.problem:
         banners.append(f"<strong>No weights are loaded.</strong> {escape(handlers.problem)}")
-    elif handlers.pipeline and handlers.pipeline.vilex is None:
+    elif handlers.pipeline and not handlers.pipeline.has_encoder:
         banners.append("This model draws from words. Pictures become words of it by “Polish picture A”, slowly.")
     if notes.device == "cpu" and notes.seconds_per_step is not None:
         cost = duration(notes.seconds_per_step * notes.steps)

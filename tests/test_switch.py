@@ -77,7 +77,8 @@ def test_models_that_cannot_be_offered_are_refused(folders, named, message):
 def test_a_model_is_loaded_once_and_not_before_it_is_needed(folders, small):
     loads = []
     later = LaterPipeline(folders / "mini", lambda: loads.append(1) or small)
-    assert (later.name, later.max_tokens, later.is_embedded) == ("mini", 16, True) and not loads
+    assert (later.name, later.max_tokens, later.is_embedded, later.has_encoder) == ("mini", 16, True, True)
+    assert not loads
     assert LaterPipeline(folders / "broken", lambda: small).max_tokens == 75
     assert later.fingerprint == small.fingerprint and later.t2i is small.t2i and loads == [1]
 

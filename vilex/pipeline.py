@@ -141,6 +141,11 @@ class VilexPipeline:
         """Whether the model draws small pixels rather than latents."""
         return self.t2i.embedded
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether pictures can be encoded; without an encoder they can be polished."""
+        return self.vilex is not None
+
     @cached_property
     def fingerprint(self) -> str:
         """12 hexadecimal digits that tie `.vilex` files to these weights; without an encoder, to the space of words."""
