@@ -21,6 +21,7 @@ from vilex.images import from_levels, to_levels
 CHUNK = 1024  # rows of a kernel matrix held at once
 RECALL_RANKS = (1, 5, 10)
 PROBE_WIDTH = 512  # columns that a linear model gets at most
+PROBE_TOLERANCE = 0.01  # at a hundredth of it accuracies moved by 0.1 %, in ten times the time
 RIDGE_PENALTIES = tuple(10.0**i for i in range(1, 7))  # scikit-learn takes the best by leaving out one
 
 
@@ -144,7 +145,9 @@ def linear_probe(
     Of more than PROBE_WIDTH features it sees as many principal components.
     inverse_penalty: scikit-learn's C, the inverse strength of the L2 penalty.
     """
-    model = make_pipeline(*_standardise(gallery), LogisticRegression(C=inverse_penalty, max_iter=1000))
+    model = make_pipeline(
+        *_standardise(gallery), LogisticRegression(C=inverse_penalty, max_iter=1000, tol=PROBE_TOLERANCE)
+    )
     model.fit(gallery.numpy(), gallery_labels.numpy())
     return float(model.score(features.numpy(), labels.numpy()))
 
