@@ -34,7 +34,7 @@ def test_every_budget_of_the_tokens_gets_better(kind, request, tmp_path, picture
         t2i = load_t2i(tmp_path)
     pipeline = VilexPipeline(t2i, build_model(PRESETS["tiny"], t2i))
     before = pipeline.encode(picture, 6)[0]
-    after = pipeline.polish(picture, 6, steps=15)
+    after = pipeline.polish(picture, 6, steps=30)
     assert after.shape == before.shape and after.dtype == torch.float32 and not after.requires_grad
     for budget in (1, 3, 6):
         assert loss_of(t2i, picture, after[:budget]) < loss_of(t2i, picture, before[:budget])

@@ -17,7 +17,7 @@ from vilex.t2i import Conditioning, TextToImage
 
 NOISE_DRAWS = 16  # noises of one step, in one call of the denoiser
 _LATENT_DRAWS = 4  # of models that are too large for more
-LEARNING_RATE = 1.0  # in standard deviations of the word embeddings
+LEARNING_RATE = 0.6  # in standard deviations of the word embeddings
 _BETAS = (0.9, 0.99)  # a few dozen steps are too few for Adam's usual memory of 1000
 _POOL = 64  # timesteps drawn for each one that is used
 
@@ -81,8 +81,6 @@ def _draw_noise(t2i: TextToImage, generator: torch.Generator, device: torch.devi
     draws = NOISE_DRAWS if t2i.embedded else _LATENT_DRAWS
     pool = t2i.draw_timesteps(draws * _POOL, generator).sort().values
     places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
-    if t2i.prediction_type == "sample":
-        places = places**2  # most with little noise: x0's errors are small there, and fine structure is in them
     values = torch.randn(draws, *t2i.latent_shape, generator=generator)
     return Noise(values.to(device), pool[(places * len(pool)).long()].to(device))
 
