@@ -89,6 +89,8 @@ def cast(trial: Trial | None, answers: Mapping[str, object]) -> list[Vote]:
     """A vote per question. Raises ValueError without a pair, and for a question that is not answered."""
     if trial is None:
         raise ValueError("Draw a pair first: each can be voted on once")
+    if None in answers.values():
+        raise ValueError("Answer all of the questions first")
     for question, answer in answers.items():
         if answer not in ANSWERS:
             raise ValueError(f"The answer on {question} must be one of {', '.join(ANSWERS)}, got {answer!r}")

@@ -17,7 +17,8 @@ _REMEMBER = f"""(history, ...results) => {{
   const items = results.flat().filter(Boolean).map((item) => item.image ? item : {{ image: item, caption: null }});
   const isNew = (item) => /vilex-[^/]*[.]png$/.test(item.image?.path ?? "")
     && !(history ?? []).some((old) => old.image.path === item.image.path);
-  const stem = (path) => path.match(/vilex-(.*?)(-seed-\\d+)?[.]png$/)[1].replaceAll("-", " ");
+  const stem = (path) => path.match(/vilex-(.*?)(-seed-\\d+)?[.]png$/)[1]
+    .replaceAll("-", " ").replace(/^1 tokens$/, "1 token");
   const named = (item) => ({{ ...item, caption: item.caption ?? stem(item.image.path) }});
   return [[...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED})];  // one output
 }}"""
@@ -50,9 +51,10 @@ def wire_history(
     pictures = [part for card in panel.cards for part in (card.picture, card.word)]
     panel.open.upload(partial(_open, page), [panel.open, *pictures], page.outputs(), preprocess=False, **_QUIET)
     for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
-        extra.restore.click(
+        restored = extra.restore.click(
             partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
+        restored.success(lambda: ("", gr.update(visible=False)), None, [card.note, extra.restore], **_QUIET)
     gr.on([part.change for part in kept], None, kept, memory, js=page.save_js(), **_QUIET)
     return demo.load(partial(remember, page), [memory, panel.linked[0]], page.outputs(), js=READ, **_QUIET)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.components import Component
+from PIL import Image
 
 from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path
 from app.handlers import Handlers, Look, text_of
@@ -95,7 +96,7 @@ def _tell_restored(recipe: Recipe, handlers: Handlers) -> None:
     missing = [NAMES[i] for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code]
     if missing:
         which = f"Picture {missing[0]} is" if len(missing) == 1 else f"Pictures {' and '.join(missing)} are"
-        text += f" {which} not in the file: what the card holds is used, or drop the picture in."
+        text += f" {which} not in the file: drop it in again, unless the card still holds it."
     other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
     tell(f"{text} {other}.".replace(" .", "") if other else text)
 
@@ -173,13 +174,22 @@ def _remembered(handlers: Handlers, saved: Values) -> Values:
     shown = [True] + [False] * (MAX_CARDS - 1)
     for i in range(MAX_CARDS):
         card = check_card(CardInput(**{name: saved[card_key(name, i)] for name in CARD_FIELDS}))
-        path = cached(card.picture)
+        path, seen = _seen(handlers, card)
         shown[i] |= bool(path or card.word)
         values |= {card_key(f.name, i): getattr(card, f.name) for f in dataclasses.fields(card)}
         values[card_key("picture", i)] = path
-        values[f"seen_{i}"] = handlers.look({"path": path}, card.fit) if path else None
+        values[f"seen_{i}"] = seen
     results = {name: _results(saved[name]) for name in ("gallery", "history")}
     return values | _layout(shown) | results | {"arrival": str(values["picture"] or "")}
+
+
+def _seen(handlers: Handlers, card: CardInput) -> tuple[str | None, Image.Image | None]:
+    """The path of a remembered picture and what the encoder sees of it; neither when it is gone or no picture."""
+    try:
+        path = cached(card.picture)
+        return path, handlers.look({"path": path}, card.fit) if path else None
+    except gr.Error:  # one bad file must not cost the rest of the page
+        return None, None
 
 
 def _results(items: object) -> list[tuple[str, str]]:

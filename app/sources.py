@@ -47,6 +47,7 @@ def _wire_card(
             partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
         ),
     ]
+    arrivals[0].failure(None, None, card.picture, js="() => null", **_quiet())  # what is no picture does not stay
     for arrival in arrivals if index == 0 else []:
         announce(arrival, panel.arrival)
     card.word.change(

@@ -413,7 +413,7 @@ BAD_INPUTS = [
     (("redo", "drawn.png", "--photo", "photos/broken.png"), "skipped: drawn.png: broken.png is not a readable"),
     (("inspect", "photos/broken.png"), "skipped: broken.png is not a readable picture"),
     (("inspect", "dog.png", "--words", "0"), "0 is not in the range 1<=x<=20"),
-    (("generate", "--prompt", "<image>"), "Error: <image> asks for an image that is not there: the prompt has 0"),
+    (("generate", "--prompt", "<image>"), "Error: <image> asks for an image that is not there: give a picture"),
     (("encode", "dog.png", "photos", "--out", "x.vilex"), "Error: 4 pictures need a folder, --out is the file x.vilex"),
     (("polish", "dog.png", "--steps", "0"), "0 is not in the range 1<=x<=1000"),
     (("encode", "foreign.vilex", "--out", "foreign.vilex"), "skipped: foreign.vilex: the code was made by"),

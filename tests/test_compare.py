@@ -85,7 +85,12 @@ def test_votes_add_up_whatever_side_an_arm_stood_on():
     assert len(to_csv(votes).splitlines()) == 1 + 2 * len(QUESTIONS)
 
 
-@pytest.mark.parametrize("answer", [None, "", "both", 1])
+def test_a_question_left_out_is_said(tab):
+    with pytest.raises(gr.Error, match="Answer all of the questions first"):
+        tab.vote(TRIAL, (), "left", None, "equal")
+
+
+@pytest.mark.parametrize("answer", ["", "both", 1])
 def test_every_question_needs_one_of_the_answers(tab, answer):
     with pytest.raises(gr.Error, match=f"The answer on style must be one of {', '.join(ANSWERS)}, got {answer!r}"):
         tab.vote(TRIAL, (), "left", answer, "equal")

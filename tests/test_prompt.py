@@ -99,7 +99,7 @@ def test_a_number_without_an_image_is_refused(text):
 
 
 def test_a_placeholder_without_any_image_is_refused():
-    with pytest.raises(ValueError, match="the prompt has 0"):
+    with pytest.raises(ValueError, match="<image> asks for an image that is not there: give a picture"):
         parse("<image> on a beach", 0)
 
 

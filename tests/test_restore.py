@@ -130,6 +130,14 @@ def test_a_memory_that_was_tampered_with_is_left_alone(page, upload, changes):
     assert named(page, restore.remember(page, saved(upload, **changes))) == {}
 
 
+def test_a_file_that_is_no_picture_costs_only_itself(page, upload):
+    bad = Path(upload["path"]).with_name("bad.png")
+    bad.write_bytes(b"nothing")
+    values = named(page, restore.remember(page, saved({"path": str(bad)}, picture_2=upload)))
+    assert values["prompt"] == "a dog" and values["picture"] is None and values["picture_2"] == upload["path"]
+    assert values["shown"] == [True, True, False, False]
+
+
 @pytest.mark.parametrize("memory", [None, {}, [], "text", {"prompt": "alone"}])
 def test_no_memory_is_a_fresh_page(page, memory):
     assert named(page, restore.remember(page, memory)) == {}

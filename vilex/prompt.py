@@ -113,7 +113,8 @@ def _mentions(text: str, num_images: int, names: Sequence[str]) -> Iterator[tupl
             continue
         index = names.index(name) if name else int(number) - 1 if number else min(turn, num_images - 1)
         if not 0 <= index < num_images:
-            raise ValueError(f"{match.group()} asks for an image that is not there: the prompt has {num_images}")
+            how_many = f"the prompt has {num_images}" if num_images else "give a picture"
+            raise ValueError(f"{match.group()} asks for an image that is not there: {how_many}")
         turn += not (name or number)
         yield match, index
 

@@ -138,6 +138,7 @@ def test_a_bad_file_gives_its_sentence_and_the_old_result_stays(page: Page, tmp_
     expect(page.get_by_text("holiday.png is not a readable picture")).to_be_visible()
     expect(page.get_by_test_id("toast-body")).to_have_count(1)
     assert [page.locator(f"#{rung} img").get_attribute("src") for rung in RUNGS] == old
+    expect(page.locator("#picture img")).to_have_count(0)
     choose(page, SAILBOAT)
     assert len({*old, *wait_rebuilt(page, old=old[2])}) == 6
 
