@@ -211,11 +211,14 @@ class Handlers:
 
 def measure(pipeline: VilexPipeline) -> float:
     """Seconds that one denoising step of one picture takes on this machine."""
-    steps = pipeline.stream("a picture", config=GenerationConfig(num_inference_steps=2))
+    steps = pipeline.stream("a picture", config=GenerationConfig(num_inference_steps=3))
     next(steps)  # the first step also warms up
-    started = time.perf_counter()
-    next(steps)
-    return time.perf_counter() - started
+    seconds = []
+    for _ in range(2):  # of which the faster counts: something else may have held the machine up
+        started = time.perf_counter()
+        next(steps)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def build_config(**settings: Any) -> GenerationConfig:
