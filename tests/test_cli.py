@@ -49,6 +49,12 @@ def pixels_of(path: str) -> np.ndarray:
         return np.asarray(image).astype(int)
 
 
+def test_the_environment_names_the_folder_of_results(folder, monkeypatch):
+    monkeypatch.setenv("VILEX_OUTPUTS", "elsewhere")
+    assert run("reconstruct", "dog.png", "--tokens", "1", *FAST).exit_code == 0
+    assert names_in("elsewhere") == ["dog-t1.png"]
+
+
 def test_reconstruct_writes_one_picture_per_number_of_tokens(folder):
     result = run("reconstruct", "dog.png", "--tokens", "4,1,4", "--out", "a/b", *FAST)
     assert (result.exit_code, result.stderr) == (0, "")

@@ -98,6 +98,15 @@ def test_words_and_picture_are_mixed_and_the_budget_is_shown_first(page: Page) -
     assert recipes[0].prompt == "<image>, in the style of <b>Claude</b> Monet"
 
 
+def test_the_budget_counts_tokens_and_not_letters(page: Page) -> None:
+    page.locator("#prompt textarea").fill("猫 🐈")
+    bar = page.locator("#budget .bar")
+    expect(bar).to_have_attribute("aria-label", re.compile(r"^0 slots for the picture, [2-9] for words"))
+    page.locator("#prompt textarea").fill("日本語の猫" * 60)
+    expect(bar).to_have_attribute("aria-label", re.compile(r", 126 for words, 0 of 126 free"))
+    expect(page.locator("#budget del").first).to_be_visible()
+
+
 def test_a_kept_seed_gives_the_same_picture_and_a_free_one_another(page: Page) -> None:
     page.locator("#prompt textarea").fill("a red boat")
     open_settings(page)
