@@ -64,14 +64,18 @@ document.addEventListener("drop", (event) => {
   const files = [...(event.dataTransfer?.files ?? [])];
   const word = files.find((file) => file.name.toLowerCase().endsWith(".vilex"));
   give(event, word, document.querySelector("#card-buttons input[type=file]"));
+  if (word || !files.length || event.target.closest?.(".block:has(input[type=file])")) return;
+  event.preventDefault();  // a browser leaves the page for a file that is dropped beside the zones
+  toCard(event, files);
 }, true);
-// gradio's button reads the clipboard; a picture that is pasted anywhere goes to the first empty card, else to A
-document.addEventListener("paste", (event) => {
-  const picture = [...(event.clipboardData?.files ?? [])].find((file) => file.type.startsWith("image/"));
+// gradio's button reads the clipboard only; a picture that is pasted or dropped anywhere goes to the first empty card,
+// else to A
+const toCard = (event, files) => {
   const zones = [...document.querySelectorAll(".card .picture")].filter((zone) => zone.offsetParent);
   const zone = zones.find((one) => !one.closest(".card").querySelector(".picture img, .card-note p")) ?? zones[0];
-  give(event, picture, zone?.querySelector("input[type=file]"));
-}, true);
+  give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
+};
+document.addEventListener("paste", (event) => toCard(event, [...(event.clipboardData?.files ?? [])]), true);
 // gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them
 new MutationObserver(() => {
   for (const image of document.querySelectorAll("#examples img[alt='']"))

@@ -54,6 +54,13 @@ def test_pictures_come_by_drop_and_by_paste(page: Page) -> None:
     expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("slots for the pictures"))
 
 
+def test_what_is_dropped_beside_the_zones_lands_in_a_card_and_leaves_the_page(page: Page) -> None:
+    page.locator("#prompt textarea").fill("<image> at night")
+    fire(page, "drop", "#header", CACTUS)
+    wait_rebuilt(page)
+    expect(page.locator("#prompt textarea")).to_have_value("<image> at night")
+
+
 def test_a_file_that_is_too_large_is_refused_by_page_and_server(page: Page, server: Server, tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     large.write_bytes(CACTUS.read_bytes() + bytes(LIMIT))
