@@ -10,6 +10,7 @@ from gradio.components import Component
 from app.cards import MAX_CARDS, NAMES
 from app.handlers import VIEWS, Handlers
 from app.polish import build_polish
+from app.presets import build_presets, wire_presets
 from app.studio import Card
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 
@@ -133,6 +134,7 @@ def _build_settings(
             visible=len(models) > 1, elem_id="model",
             info="Opens its page. Codes and .vilex files of a picture belong to the model that made them.",
         )  # fmt: skip
+        preset = build_presets()
         more["num_images"] = slider("num_images", "Pictures at once", value=4, step=1)
         with gr.Row(elem_id="seeds"):
             more["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=110, scale=1, elem_id="seed")
@@ -156,6 +158,7 @@ def _build_settings(
             )
             more["guidance_low"] = slider("guidance_low", "Guidance from noise level", step=0.05)
             more["guidance_high"] = slider("guidance_high", "Guidance to noise level", step=0.05)
+    wire_presets(preset, more)
     return more, lock, dice, view, embed, model
 
 

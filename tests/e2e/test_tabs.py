@@ -162,3 +162,11 @@ def test_licence_and_limits_of_the_weights_are_on_the_page(page: Page) -> None:
     expect(page.locator("#limits li").first).to_contain_text("hints, not facts")
     unfold(page, "Licences")
     expect(page.locator("#licences")).to_contain_text("Apache License 2.0")
+
+
+def test_a_preset_turns_the_settings(page: Page) -> None:
+    unfold(page, "Settings")
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="Careful").click()
+    for name, value in (("num-images", "2"), ("num-inference-steps", "50"), ("guidance-scale", "2")):
+        expect(page.locator(f"#{name} input[type=number]")).to_have_value(value)
