@@ -164,5 +164,5 @@ def test_attention_lies_on_the_picture_as_the_encoder_sees_it(pipeline, picture,
 
 def test_patches_that_form_no_square_are_refused(pipeline, picture, monkeypatch):
     monkeypatch.setattr(pipeline.vilex.pooler, "attention_maps", lambda _: torch.ones(1, 4, 15) / 15)
-    with pytest.raises(ValueError, match="the encoder's 15 patches form no square"):
+    with pytest.raises(ValueError, match="the encoder's 15 patches form no grid"):
         pipeline.attention(picture)

@@ -246,7 +246,7 @@ class VilexPipeline:
         rows = round(math.sqrt(maps.shape[1] * height / width))
         columns = round(rows * width / height)
         if rows * columns != maps.shape[1]:
-            raise ValueError(f"the encoder's {maps.shape[1]} patches form no square to show attention on")
+            raise ValueError(f"the encoder's {maps.shape[1]} patches form no grid to show attention on")
         return maps.unflatten(1, (rows, columns))  # (N,h,w)
 
     def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
