@@ -462,6 +462,8 @@ def test_a_flows_timesteps_are_drawn_as_in_its_own_training(sd3):
     assert timesteps.median() == pytest.approx(750, abs=15)  # one half, shifted by 3
     share = (timesteps < 1000 * 3 * 0.269 / (1 + 2 * 0.269)).float().mean()  # a standard deviation below the median
     assert share == pytest.approx(0.159, abs=0.02)
+    noisier = sd3.draw_timesteps(4000, torch.Generator().manual_seed(0), shift=3.0)
+    assert noisier.max() <= 1000 and noisier.median() == pytest.approx(900, abs=10)  # one half, shifted by 9
 
 
 def test_a_flow_goes_straight_from_the_picture_to_the_noise(flow):

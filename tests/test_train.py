@@ -308,6 +308,23 @@ def test_noise_of_a_share_is_that_of_the_whole_batch(files):
     assert torch.equal(part.values, whole.values[2:5]) and torch.equal(part.timesteps, whole.timesteps[2:5])
 
 
+def test_a_shift_draws_noisier_timesteps_more_often(files):
+    t2i = load_t2i(files.t2i, str(files.text))
+    plain, noisier, cleaner = (t2i.draw_timesteps(8000, step_generator(0, 0), shift) for shift in (1.0, 3.0, 1 / 3))
+    assert torch.equal(plain, torch.randint(1000, (8000,), generator=step_generator(0, 0)))
+    for timesteps, median in ((noisier, 750), (cleaner, 250)):
+        assert timesteps.dtype == torch.int64 and timesteps.min() >= 0 and timesteps.max() <= 999
+        assert timesteps.float().median() == pytest.approx(median, abs=15)
+
+
+def test_a_run_draws_its_timesteps_with_its_shift(files, tmp_path, monkeypatch):
+    run = build_run("t2i", files, tmp_path, timestep_shift=100.0, noise_draws=8)
+    seen = []
+    monkeypatch.setattr(run, "batch_loss", lambda batch, noise, step: seen.append(noise.timesteps))
+    run.loss(0, 0)
+    assert seen[0].float().mean() > 900
+
+
 def test_several_noises_share_one_encoding_and_count_alike(files, tmp_path):
     run = build_run("t2i", files, tmp_path, noise_draws=2)
     batch = draw_batch(run.pictures, run.captions, run.config, run.weights, 0, slice(0, 4))

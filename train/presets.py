@@ -59,6 +59,7 @@ class TrainConfig(Config):
     weight_decay: float = setting(0.01, 0, 1)
     grad_clip: float = setting(1.0, 0.001, 1000, "largest norm of the gradient")
     snr_gamma: float = setting(0.0, 0, 100, "min-SNR weighting; 0 = off")
+    timestep_shift: float = setting(1.0, 0.01, 100, "above 1 the noisier timesteps are drawn more often")
     align_weight: float = setting(0.0, 0, 100, "train_t2i: of the alignment with a teacher's features; 0 = off")
     ema_power: float = setting(0.75, 0.1, 1, "the EMA's decay is 1 - (1 + step) ** -ema_power")
     caption_variants: int = setting(4, 1, 64, "train_t2i: captions written per picture")
@@ -138,7 +139,8 @@ PRESETS = {
         pooler=PoolerConfig(num_blocks=5, width=192, heads=6, patch_width=192),
         t2i=TrainConfig(
             batch_size=16,
-            noise_draws=2,
+            noise_draws=3,
+            timestep_shift=3.0,
             max_steps=4000,
             learning_rate=5e-4,
             warmup_steps=100,
@@ -148,6 +150,7 @@ PRESETS = {
         vilex=TrainConfig(
             batch_size=16,
             noise_draws=2,
+            timestep_shift=5.0,
             max_steps=900,
             learning_rate=4e-4,
             encoder_learning_rate=1.5e-4,

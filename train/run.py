@@ -254,7 +254,8 @@ class TrainingRun(ABC):
         batch, share = self.draw(global_step, micro), self.share(micro)
         generator = step_generator(self.config.seed, global_step, _NOISE_STREAM, self.device)
         # drawn for the whole step, so that a run does not depend on how its batches are split
-        draws = [draw_noise(self.t2i, self.config.batch_size, generator) for _ in range(self.config.noise_draws)]
+        size, shift = self.config.batch_size, self.config.timestep_shift
+        draws = [draw_noise(self.t2i, size, generator, shift) for _ in range(self.config.noise_draws)]
         noise = Noise.concatenate([draw.rows(share) for draw in draws])
         with self.accelerator.autocast():
             return self.batch_loss(batch, noise, global_step)

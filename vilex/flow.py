@@ -15,7 +15,7 @@ from transformers import (
 
 from vilex.latent import LatentModel, require_one_vocabulary
 from vilex.prompt import ComposedPrompt, recompose, special_tokens
-from vilex.t2i import Conditioning, read_words
+from vilex.t2i import Conditioning, read_words, shift_level
 
 T5_LENGTH = 256  # positions that diffusers' Stable Diffusion 3 pads T5's prompts to
 
@@ -43,11 +43,10 @@ class FlowModel(LatentModel):
     def prediction_type(self) -> str:
         return "flow"
 
-    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Timesteps float (B,) to train at, on the generator's device."""
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """Timesteps float (B,) to train at, on the generator's device; `shift` comes on top of the model's own."""
         level = torch.randn(batch_size, generator=generator, device=generator.device).sigmoid()
-        shift = self.shift
-        return self.scheduler.config.num_train_timesteps * shift * level / (1 + (shift - 1) * level)
+        return self.scheduler.config.num_train_timesteps * shift_level(level, self.shift * shift)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """noisy_latents (B,C,h,w) at timesteps float (B,)."""

@@ -29,10 +29,10 @@ class Noise:
         return Noise(torch.cat([d.values for d in draws]), torch.cat([d.timesteps for d in draws]))
 
 
-def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator) -> Noise:
-    """Standard normal noise at timesteps as the model draws them, on the generator's device."""
+def draw_noise(t2i: TextToImage, batch_size: int, generator: torch.Generator, shift: float = 1.0) -> Noise:
+    """Standard normal noise at timesteps as the model draws them, shifted, on the generator's device."""
     values = torch.randn(batch_size, *t2i.latent_shape, generator=generator, device=generator.device)
-    return Noise(values, t2i.draw_timesteps(batch_size, generator))
+    return Noise(values, t2i.draw_timesteps(batch_size, generator, shift))
 
 
 def diffusion_loss(

@@ -24,6 +24,11 @@ from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings, 
 INDEX_NAME = "model_index.json"
 
 
+def shift_level(level: Tensor, shift: float) -> Tensor:
+    """Noise levels in 0..1, moved towards 1 by a shift above 1. Source: Esser et al. 2024 (SD3), section 5.3.2."""
+    return shift * level / (1 + (shift - 1) * level)
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What the denoiser reads: prompt_embeds (B,L,D), pooled (B,D) or None, mask bool (B,L) or None."""
@@ -175,10 +180,11 @@ class TextToImage(nn.Module, ABC):
         """What the denoiser predicts: "epsilon", "v_prediction", "sample" or "flow"."""
         return self.scheduler.config.prediction_type
 
-    def draw_timesteps(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Timesteps (B,) to train at, on the generator's device."""
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator, shift: float = 1.0) -> Tensor:
+        """Timesteps (B,) to train at, on the generator's device; a shift above 1 draws noisier ones more often."""
         count = self.scheduler.config.num_train_timesteps
-        return torch.randint(count, (batch_size,), generator=generator, device=generator.device)
+        timesteps = torch.randint(count, (batch_size,), generator=generator, device=generator.device)
+        return (count * shift_level((timesteps + 0.5) / count, shift)).long()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """noisy_latents (B,C,h,w) at timesteps (B,)."""
