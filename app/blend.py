@@ -62,7 +62,7 @@ class Blend:
             if not minus and not plus:
                 raise ValueError("Write words to take away or words to add")
             tokens = read_one(self.handlers, values, first).vilex_tokens
-            moved = pipeline.shift(tokens, minus, plus, strength)
+            moved = pipeline.vocabulary.shift(tokens, minus, plus, strength)
             formula = " ".join([first, *([f"- {minus}"] if minus else []), *([f"+ {plus}"] if plus else [])])
             yield from self._draw({first: tokens, formula[:_MAX_CAPTION]: moved}, config, view, embed, "Moving")
 

@@ -100,7 +100,7 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
     else:
         code = unpack(card.word, pipeline.fingerprint)
         tokens, source = code.vilex_tokens[:count].to(pipeline.device), clean(code.source) or "word"
-    tokens = pipeline.weigh(tokens, card.weight)
+    tokens = pipeline.vocabulary.weigh(tokens, card.weight)
     return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source)
 
 

@@ -74,7 +74,7 @@ def words_table(pipeline: VilexPipeline, vilex_tokens: Tensor) -> str:
     """Per token of vilex_tokens (N,D) its nearest words and its distance to the nearest, as an HTML table."""
     rows = [
         [i, *(f"{near.word} {near.similarity:.2f}" for near in reading.neighbours), f"{reading.distance:.1f}"]
-        for i, reading in enumerate(pipeline.read(vilex_tokens, NEAREST), 1)
+        for i, reading in enumerate(pipeline.vocabulary.read(vilex_tokens, NEAREST), 1)
     ]
     header = ["Token", "First", "Second", "Third", "Distance"]
     return table.to_html(

@@ -267,7 +267,7 @@ def test_tokens_are_written_into_pngs_only_when_they_are_shared(folder, pipeline
     assert b"vilex-2:" not in Path("private/dog-mix-seed0.png").read_bytes()
     [image] = load_recipe("shared/dog-mix-seed0.png").images
     assert (image.name, image.num_tokens, image.weight, image.fit) == ("dog", 3, 0.5, "crop")
-    expected = pipeline.weigh(pipeline.encode(picture, 3)[0], 0.5)
+    expected = pipeline.vocabulary.weigh(pipeline.encode(picture, 3)[0], 0.5)
     torch.testing.assert_close(image.tokens(pipeline.fingerprint), expected, rtol=0, atol=0.01)
 
 
@@ -377,7 +377,7 @@ def test_inspect_lists_the_nearest_words_of_each_token(folder, pipeline):
     lines = result.stdout.splitlines()
     assert [lines[0], lines[4]] == ["dog", "word"] and lines[1] == "token  distance  nearest words" and len(lines) == 8
     with Image.open("dog.png") as image:
-        reading = pipeline.read(pipeline.encode(image.convert("RGB"), 2)[0], 3)[1]
+        reading = pipeline.vocabulary.read(pipeline.encode(image.convert("RGB"), 2)[0], 3)[1]
     words = [part for near in reading.neighbours for part in (near.word, f"{near.similarity:.2f}")]
     assert lines[3].split() == ["2", f"{reading.distance:.1f}", *words]
 

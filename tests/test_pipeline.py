@@ -102,10 +102,10 @@ def test_the_image_branch_has_the_joint_branchs_tokens_and_no_words(pipeline, pi
 
 def test_a_prompt_takes_words_from_a_picture_and_adds_others(pipeline, picture):
     [tokens] = pipeline.encode(picture, 7)
-    words = {word: pipeline.shift(torch.zeros(1, 8), "", word) for word in ("red", "dog", "blue")}
+    words = {word: pipeline.vocabulary.shift(torch.zeros(1, 8), "", word) for word in ("red", "dog", "blue")}
     moved = tokens - (words["red"] + words["dog"]) / 2 + words["blue"]
-    torch.testing.assert_close(pipeline.shift(tokens, "red dog", "blue"), moved)
-    assert pipeline.shift(tokens, "", "").equal(tokens)
+    torch.testing.assert_close(pipeline.vocabulary.shift(tokens, "red dog", "blue"), moved)
+    assert pipeline.vocabulary.shift(tokens, "", "").equal(tokens)
     for rest in ("", " on a beach"):
         asked = pipeline.conditions(f'<image> - "red dog" + "blue"{rest}', [tokens], FAST)
         given = pipeline.conditions(f"<image>{rest}", [moved], FAST)
@@ -114,7 +114,7 @@ def test_a_prompt_takes_words_from_a_picture_and_adds_others(pipeline, picture):
             torch.testing.assert_close(getattr(asked, name).prompt_embeds, getattr(given, name).prompt_embeds)
     assert pipeline.compose('<image> - "red" + "blue"', [tokens]).num_words == 0
     with pytest.raises(ValueError, match="there is no word in ' '"):
-        pipeline.shift(tokens, " ", "")
+        pipeline.vocabulary.shift(tokens, " ", "")
 
 
 def test_reconstruct_goes_cheapest_first_from_one_noise(pipeline, picture):

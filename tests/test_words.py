@@ -4,27 +4,21 @@ import math
 
 import pytest
 import torch
-from builders import build_tokenizer
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vilex import words
 from vilex.images import fit_image, load_image
-from vilex.prompt import embedding_module
 from vilex.words import (
-    Neighbour,
     blend,
     graft,
     likeness,
-    nearest_words,
-    ordinary_words,
     shift,
     similar,
     weigh,
     without,
-    word_distance,
 )
 
 WIDTH = 7
@@ -43,6 +37,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 @given(counts, counts, shares, seeds)
 def test_a_blend_seen_from_the_other_side_is_the_same(n, m, share, seed):
+    assume(1 - (1 - share) == share)  # just below one half the other side is rounded to the half
     first, second = tokens_of(n, seed), tokens_of(m, seed + 1)
     close(blend(first, second, share), blend(second, first, 1 - share))
 
@@ -136,74 +131,6 @@ BAD = {
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-@pytest.fixture
-def tokenizer():
-    tokenizer = build_tokenizer("bert")
-    tokenizer.add_tokens(["[unused12]", "##ing"])
-    return tokenizer
-
-
-@pytest.fixture
-def table(tokenizer) -> Tensor:
-    """Word embeddings that share one large part, with two rows more than there are words."""
-    return tokens_of(len(tokenizer) + 2, 8).float() + 5
-
-
-def test_special_and_unused_pieces_are_no_words(tokenizer, table):
-    names = tokenizer.convert_ids_to_tokens(ordinary_words(tokenizer, len(table)).tolist())
-    assert {"dog", "##ing", "."} <= set(names)
-    assert not {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[unused12]", None} & set(names)
-    assert len(names) == len(tokenizer) - 5
-
-
-def test_a_words_embedding_is_nearest_to_that_word_whatever_its_length(tokenizer, table):
-    ids = tokenizer.convert_tokens_to_ids(["dog", "red", "##ing"])
-    found = nearest_words(table.mean(0) + 3 * (table[ids] - table.mean(0)), table, tokenizer, 4)
-    assert [row[0] for row in found] == [Neighbour("dog", 1.0), Neighbour("red", 1.0), Neighbour("##ing", 1.0)]
-    for row in found:
-        similarities = [neighbour.similarity for neighbour in row]
-        assert len(row) == 4 and similarities == sorted(similarities, reverse=True) and similarities[1] < 0.99
-
-
-def test_special_tokens_are_never_neighbours_and_no_more_words_than_there_are(tokenizer, table):
-    [row] = nearest_words(table[tokenizer.cls_token_id][None], table, tokenizer, 10**6)
-    assert len(row) == len(tokenizer) - 5 and row[0].similarity < 1
-
-
-def test_word_distance_counts_in_steps_from_word_to_word(tokenizer):
-    table = 100 + 3.0 * torch.arange(len(tokenizer))[:, None] * torch.eye(1, WIDTH)  # words 3 apart on a line
-    dog = table[tokenizer.convert_tokens_to_ids("dog")]
-    tokens = torch.stack([dog, dog + _along(1, 6)])
-    torch.testing.assert_close(word_distance(tokens, table, tokenizer), torch.tensor([0.0, 2.0]), atol=1e-3, rtol=0)
-
-
-def _along(axis: int, length: float) -> Tensor:
-    return length * torch.eye(WIDTH)[axis]
-
-
-@pytest.mark.parametrize(("chunk", "sampled"), [(1, 9), (2, 512), (512, 512)])
-def test_word_distance_does_not_depend_on_its_chunks(tokenizer, table, monkeypatch, chunk, sampled):
-    ids = ordinary_words(tokenizer, len(table))
-    tokens = tokens_of(5, 9).float() + 5
-    own = torch.cdist(table[ids], table[ids]).fill_diagonal_(torch.inf).amin(1)
-    own = own[torch.linspace(0, len(ids) - 1, min(sampled, len(ids))).long()]
-    expected = torch.cdist(tokens, table[ids]).amin(1) / own.median()
-    monkeypatch.setattr(words, "_CHUNK", chunk)
-    monkeypatch.setattr(words, "_SAMPLED_WORDS", sampled)
-    torch.testing.assert_close(word_distance(tokens, table, tokenizer), expected)
-
-
-def test_a_pipeline_reads_tokens_in_the_words_of_its_text_encoder(pipeline):
-    table = embedding_module(pipeline.t2i.text_encoder).weight
-    ids = pipeline.t2i.tokenizer.convert_tokens_to_ids(["beach", "monet"])
-    readings = pipeline.read(table[ids], 3)
-    assert [reading.neighbours[0].word for reading in readings] == ["beach", "monet"]
-    assert all(len(reading.neighbours) == 3 for reading in readings)
-    assert [reading.distance for reading in readings] == pytest.approx([0, 0], abs=0.01)
-    [between] = pipeline.read(table[ids].mean(0, keepdim=True), 3)
-    assert between.distance > 0.1
 
 
 @given(st.lists(counts, min_size=1, max_size=30), counts, seeds)

@@ -50,7 +50,8 @@ from vilex.options import (
 )
 from vilex.recipe import build_recipe, differences
 from vilex.similar import find_similar
-from vilex.words import Reading, blend, graft
+from vilex.vocabulary import Reading
+from vilex.words import blend, graft
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
     from torch import Tensor
@@ -284,7 +285,7 @@ def inspect(engine: Engine, config: GenerationConfig, photos: Sequence[Source], 
     pipeline = load_pipeline(engine)
     read = functools.partial(read_word, pipeline=pipeline, num_tokens=config.num_tokens, fit=fit)
     for stem, word in each_readable(inputs, read, lambda: None):
-        click.echo(_table(stem, pipeline.read(word.vilex_tokens, count)))
+        click.echo(_table(stem, pipeline.vocabulary.read(word.vilex_tokens, count)))
 
 
 def _table(stem: str, readings: Sequence[Reading]) -> str:

@@ -181,7 +181,7 @@ def read_word(
         image, fit, tokens = None, "", _read_code(label, source, pipeline)[:num_tokens]
     if len(tokens) < num_tokens:
         note(label, f"has {len(tokens)} tokens, fewer than the {num_tokens} asked for")
-    return InputWord(name, pipeline.weigh(tokens, weight), weight, fit, image)
+    return InputWord(name, pipeline.vocabulary.weigh(tokens, weight), weight, fit, image)
 
 
 def read_picture(name: str, source: Source) -> Image.Image:

@@ -33,12 +33,11 @@ from vilex.prompt import (
     embedding_module,
     has_words,
     parse_terms,
-    tokenize,
     words_removed,
 )
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
 from vilex.t2i import INDEX_NAME
-from vilex.words import Reading, nearest_words, shift, weigh, word_distance
+from vilex.vocabulary import Vocabulary
 
 Fit = Literal["crop", "pad"]
 OnPolish = Callable[[int, int, float], None]
@@ -156,6 +155,11 @@ class VilexPipeline:
             signs.register_buffer(str(i), embedding_module(encoder).weight.signbit())
         return fingerprint(signs)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The words that tokens stand among, to weigh, shift and read tokens by."""
+        return Vocabulary(self.t2i)
+
     @property
     def encoder(self) -> ViLex:
         """Encoder and pooler. Raises ValueError, with what to do, when the model has none."""
@@ -248,45 +252,6 @@ class VilexPipeline:
         if rows * columns != maps.shape[1]:
             raise ValueError(f"the encoder's {maps.shape[1]} patches form no grid to show attention on")
         return maps.unflatten(1, (rows, columns))  # (N,h,w)
-
-    def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
-        """vilex_tokens (N,D) that say more or less: 0 is the average word of the text encoder, 1 leaves them alone.
-
-        Raises ValueError for a weight outside 0..2.
-        """
-        return weigh(vilex_tokens, weight, self._average_word.to(vilex_tokens))
-
-    @cached_property
-    def _average_word(self) -> Tensor:
-        return self.t2i.word_statistics()[0]
-
-    def shift(self, vilex_tokens: Tensor, minus: str, plus: str, strength: float = 1.0) -> Tensor:
-        """vilex_tokens (N,D) with words taken from them and added to them; best give both, and "" for neither.
-
-        Raises ValueError for a text without any word piece and a strength that is not finite.
-        """
-        return shift(vilex_tokens, self._mean_word(minus), self._mean_word(plus), strength)
-
-    def _mean_word(self, words: str) -> Tensor | None:
-        """The mean (1,D) of the word embeddings of some words, in every text encoder there is; None without words."""
-        if not words:
-            return None
-        ids = [tokenize(tokenizer, words).input_ids for tokenizer in self.t2i.tokenizers]
-        if not all(ids):
-            raise ValueError(f"there is no word in {words!r:.60}")
-        tables = [embedding_module(encoder).weight for encoder in self.t2i.text_encoders]
-        return torch.cat([table[torch.tensor(i)].mean(0) for table, i in zip(tables, ids, strict=True)])[None]
-
-    def read(self, vilex_tokens: Tensor, count: int = 5) -> list[Reading]:
-        """A Reading with `count` words of each of vilex_tokens (N,D): a hint, not a fact.
-
-        With several text encoders the first one's words count, and its columns of the tokens.
-        """
-        table, tokenizer = embedding_module(self.t2i.text_encoder).weight.float(), self.t2i.tokenizer
-        tokens = vilex_tokens[:, : self.t2i.text_widths[0]]
-        nearest = nearest_words(tokens, table, tokenizer, count)
-        distances = word_distance(tokens, table, tokenizer).tolist()
-        return [Reading(tuple(words), distance) for words, distance in zip(nearest, distances, strict=True)]
 
     def _pixels(self, images: Sequence[Image.Image], fit: Fit) -> Tensor:
         return to_pixels([fit_image(image, self.seen_size, fit) for image in images]).to(self.device)  # (B,3,H,W)
@@ -407,7 +372,7 @@ class VilexPipeline:
     def _moved(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """The words (N,D) as the terms of the prompt move them: `<image> - "snow" + "sand"`."""
         terms = parse_terms(prompt, len(words), names)
-        return [self.shift(tokens, own.minus, own.plus) for tokens, own in zip(words, terms, strict=True)]
+        return [self.vocabulary.shift(tokens, own.minus, own.plus) for tokens, own in zip(words, terms, strict=True)]
 
     def _condition(self, text: str, words: Sequence[Tensor]) -> Conditioning:
         return self.t2i.encode_prompt(compose(text, words, self.t2i.tokenizer, self.t2i.config.context_length))

@@ -4,10 +4,7 @@ All functions are pure; tokens are (N,D) in the space of the text encoder's word
 """
 
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +14,6 @@ from torch import Tensor
 
 from vilex.config import CUT_RANGE, SHARE_RANGE, WEIGHT_RANGE, check_range
 
-if TYPE_CHECKING:  # takes seconds to import
-    from transformers import PreTrainedTokenizerBase
-
-_UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT vocabularies keep free
-_SAMPLED_WORDS = 512  # words whose own nearest word is looked for; their median stands for all
-_CHUNK = 64  # rows of a distance matrix at a time: 8 MB for 30,522 words
 COMPARED = 16  # tokens that decide how alike two pictures are; later ones hold finer things
 _SHORTLIST = 4  # candidates by token 1 for each picture that is asked for
 _CELLS = 8
@@ -32,25 +23,6 @@ _SRGB_TO_XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]],
     np.float32,
 )
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A piece of the vocabulary, as the tokenizer writes it, and its cosine similarity to a token, -1..1."""
-
-    word: str
-    similarity: float
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A hint on what one token says: the words nearest to it, the nearest first, and how far that one is.
-
-    A distance of 1 is as far as words lie from one another.
-    """
-
-    neighbours: tuple[Neighbour, ...]
-    distance: float
 
 
 def blend(first: Tensor, second: Tensor, share: float) -> Tensor:
@@ -119,50 +91,6 @@ def shift(tokens: Tensor, minus: Tensor | None, plus: Tensor | None, strength: f
         if words is not None:
             tokens = tokens + sign * words.mean(0)
     return tokens
-
-
-def ordinary_words(tokenizer: "PreTrainedTokenizerBase", vocabulary_size: int) -> Tensor:
-    """Ids int64 (V',) of the vocabulary without special tokens and entries that mean nothing."""
-    ids = range(min(vocabulary_size, len(tokenizer)))  # some tables have more rows than there are words
-    pieces = zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
-    special = set(tokenizer.all_special_ids)
-    return torch.tensor([i for i, piece in pieces if i not in special and not _UNUSED.fullmatch(piece)])
-
-
-def nearest_words(
-    vilex_tokens: Tensor, table: Tensor, tokenizer: "PreTrainedTokenizerBase", count: int = 5
-) -> list[list[Neighbour]]:
-    """The `count` words most like each of vilex_tokens (N,D) by cosine, the most alike first: a hint, not a fact.
-
-    table (V,D) holds the word embeddings. Tokens and words count as seen from the table's mean: word embeddings
-    share one large common part, beside which every word would look alike.
-    """
-    ids, mean = ordinary_words(tokenizer, len(table)), table.mean(0)
-    words = F.normalize(table[ids] - mean, dim=-1)  # (V',D)
-    similarities = F.normalize(vilex_tokens.to(table) - mean, dim=-1) @ words.T  # (N,V')
-    values, places = similarities.topk(min(count, len(ids)))  # (N,count)
-    names = [tokenizer.convert_ids_to_tokens(ids[row].tolist()) for row in places.cpu()]
-    return [
-        [Neighbour(name, round(value, 4)) for name, value in zip(row, similarity, strict=True)]
-        for row, similarity in zip(names, values.tolist(), strict=True)
-    ]
-
-
-def word_distance(vilex_tokens: Tensor, table: Tensor, tokenizer: "PreTrainedTokenizerBase") -> Tensor:
-    """How far each of vilex_tokens (N,D) lies from its nearest word, (N,): 1 is as far as words lie from one another.
-
-    That unit is the median distance between a word of `table` (V,D) and the word nearest to it. A hint, not a fact.
-    """
-    words = table[ordinary_words(tokenizer, len(table))]  # (V',D)
-    sample = torch.linspace(0, len(words) - 1, min(_SAMPLED_WORDS, len(words))).long()
-    typical = torch.cat([_to_another(chunk.to(table.device), words) for chunk in sample.split(_CHUNK)]).median()
-    return torch.cat([torch.cdist(part, words).amin(1) for part in vilex_tokens.to(words).split(_CHUNK)]) / typical
-
-
-def _to_another(places: Tensor, words: Tensor) -> Tensor:
-    """Distance from the words at `places` (S,) to the nearest other word: (S,)."""
-    distances = torch.cdist(words[places], words)  # (S,V')
-    return distances.scatter_(1, places[:, None], torch.inf).amin(1)
 
 
 def similar(vilex_tokens: Tensor, stored: Sequence[Tensor], count: int) -> list[tuple[int, float]]:
