@@ -108,7 +108,9 @@ class TextToImage(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes, which with offloading is not where its weights are."""
-        return get_module_execution_device(self.denoiser)
+        if self.is_offloaded:
+            return get_module_execution_device(self.denoiser)
+        return next(self.denoiser.parameters()).device
 
     def cast(self, dtype: torch.dtype) -> None:
         """Has it compute in a dtype, as far as that is safe; here the denoiser alone."""
@@ -219,7 +221,7 @@ class TextToImage(nn.Module, ABC):
     def split_vectors(self, prompt: ComposedPrompt) -> list[Tensor]:
         """Each text encoder's columns of the prompt's ViLex tokens, (S,D_i)."""
         vectors = torch.empty(0, self.text_width) if prompt.vectors is None else prompt.vectors
-        return list(vectors.to(get_module_execution_device(self.text_encoder)).split(self.text_widths, dim=-1))
+        return list(vectors.to(self.device).split(self.text_widths, dim=-1))
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes the diffusers layout; the embedded model's text encoder is named, not copied.
