@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL, ConfigMixin, SchedulerMixin
 from diffusers.hooks import apply_group_offloading
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
@@ -234,6 +234,8 @@ class TextToImage(nn.Module, ABC):
             if isinstance(part, nn.Module):
                 narrow = nn.Module.to(copy.deepcopy(part), dtype)  # diffusers' own `to` warns about casts
                 require_finite(narrow.state_dict(), folder / name)
+                if isinstance(narrow, ConfigMixin):
+                    narrow.register_to_config(_name_or_path="")  # else the folder that it was read from
                 narrow.save_pretrained(folder / name, max_shard_size=max_shard_size)
             else:
                 part.save_pretrained(folder / name)

@@ -32,6 +32,11 @@ def test_saved_models_come_back(case, tmp_path):
     assert stock.config.get("force_zeros_for_empty_prompt") == case.stock.config.get("force_zeros_for_empty_prompt")
 
 
+def test_files_do_not_say_where_a_model_was_read_from(case, tmp_path):
+    case.t2i.save_pretrained(tmp_path)
+    assert not [path for path in tmp_path.rglob("*.json") if str(case.folder) in path.read_text()]
+
+
 def test_files_hold_fp16_and_models_compute_in_fp32(case, tmp_path):
     case.t2i.save_pretrained(tmp_path)
     for path in tmp_path.rglob("*.safetensors"):
