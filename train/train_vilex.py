@@ -109,9 +109,10 @@ class VilexRun(TrainingRun):
             if distil:
                 self._distil(model, distil)
             if spell_steps:
-                spell_captions(
-                    model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
-                )
+                with self.accelerator.autocast():
+                    spell_captions(
+                        model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
+                    )
         self.attach(model, build_optimizer(model, config), ("text-to-image model", _networks(self.t2i)))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:

@@ -2,7 +2,9 @@
 
 The frozen model already draws "8 rows: blue blue white, ..." for 64 colour words. Before the first diffusion
 step, token k learns to equal the word embedding of the k-th piece of that caption. It needs neither denoiser nor
-text encoder, so on a CPU it is many times cheaper than the diffusion loss, which then improves on the words.
+text encoder, so on a CPU it is many times cheaper than the diffusion loss, which then improves on the words. The first
+tokens, which stand where "8 rows:" says the same of every picture, are left to that loss: they become the summary that
+a picture of few tokens is drawn from.
 """
 
 import logging
@@ -22,6 +24,7 @@ from vilex.prompt import embedding_module
 
 log = logging.getLogger(__name__)
 CELLS = 8  # 8 rows of 8 colour words take 74 word pieces, close to the 75 tokens
+LEAD = 3  # pieces of "8 rows:"
 _LEARNING_RATE = 1e-3
 
 
@@ -45,8 +48,8 @@ def spell_captions(
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
     losses = []
     for pixels, ids in tqdm(_batches(t2i, pictures, steps, batch_size, seed, weights), total=steps, mininterval=5):
-        vilex_tokens = model(pixels)[:, : ids.shape[1]]  # (B,N,D)
-        loss = F.mse_loss(vilex_tokens.float(), table[ids]) / table.var()
+        vilex_tokens = model(pixels)[:, LEAD : ids.shape[1]]  # (B,N-3,D)
+        loss = F.mse_loss(vilex_tokens.float(), table[ids[:, LEAD:]]) / table.var()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
