@@ -155,6 +155,7 @@ PRESETS = {
             learning_rate=4e-4,
             encoder_learning_rate=1.5e-4,
             warmup_steps=30,
+            sample_every=1000,
         ),
         source_weights=SOURCE_WEIGHTS,
     ),
