@@ -6,6 +6,7 @@ What was the teacher must not judge the result afterwards.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from train.state import step_generator
 from vilex.config import Config, setting
 from vilex.encoder import PatchEncoder
 
+Autocast = Callable[[], AbstractContextManager]
 Teacher = Callable[[Tensor], Tensor]  # pixels (B,3,H,W) in [-1,1] -> feature map (B,F,h,w)
 _STATISTICS_PICTURES = 256  # enough for a channel's mean and deviation: each gives hundreds of positions
 _STATISTICS_EPOCH = 2**32 - 1  # of backgrounds, apart from those of any step
@@ -62,10 +64,12 @@ def distil_encoder(
     pictures: Pictures,
     config: DistilConfig,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    autocast: Autocast = nullcontext,
 ) -> None:
     """Trains the encoder in place, deterministically; the linear head on top of it is thrown away.
 
-    on_step(step, steps, loss) sees the loss, 0-d, after each step.
+    on_step(step, steps, loss) sees the loss, 0-d, after each step. autocast is entered in each step, since it keeps
+    the weights that it has cast until it is left.
     Raises ValueError when the encoder's patches are not a square grid.
     """
     features = teacher_features(teacher, grid_side(encoder), pictures, config.seed)
@@ -76,7 +80,9 @@ def distil_encoder(
     for step in range(config.steps):
         indices = batch_indices(config.seed, step, config.batch_size, len(pictures))
         pixels = _draw(pictures, indices, config.seed, step)
-        loss = distillation_loss(head(encoder(pixels)).float(), features(pixels))
+        with autocast():
+            predictions, targets = head(encoder(pixels)), features(pixels)
+        loss = distillation_loss(predictions.float(), targets.float())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -109,26 +109,25 @@ class VilexRun(TrainingRun):
             if distil:
                 self._distil(model, distil)
             if spell_steps:
-                with self.accelerator.autocast():
-                    spell_captions(
-                        model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights
-                    )
+                spell_captions(
+                    model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights,
+                    self.accelerator.autocast,
+                )  # fmt: skip
         self.attach(model, build_optimizer(model, config), ("text-to-image model", _networks(self.t2i)))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
         teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
         hidden = not self.accelerator.is_main_process
-        with (
-            tqdm(total=config.steps, desc="teacher", disable=hidden, mininterval=5) as bar,
-            self.accelerator.autocast(),
-        ):
+        with tqdm(total=config.steps, desc="teacher", disable=hidden, mininterval=5) as bar:
 
             def show(step: int, steps: int, loss: Tensor) -> None:
                 if step % 20 == 0 or step + 1 == steps:
                     bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
                 bar.update()
 
-            distil_encoder(model.encoder, teacher.patch_features, self.pictures, config, show)
+            distil_encoder(
+                model.encoder, teacher.patch_features, self.pictures, config, show, self.accelerator.autocast
+            )
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss under the pictures' own tokens, with or without words, after TailDrop."""

@@ -9,6 +9,7 @@ a picture of few tokens is drawn from.
 
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from train.captions import layout_caption
 from train.data import Pictures, background_colours, batch_indices
+from train.distil import Autocast
 from vilex.diffusion import TextToImage
 from vilex.images import to_levels
 from vilex.model import ViLex
@@ -36,9 +38,11 @@ def spell_captions(
     batch_size: int,
     seed: int,
     weights: Tensor | None = None,
+    autocast: Autocast = nullcontext,
 ) -> Tensor:
     """Trains `model` in place; the loss of each step (steps,), relative to the variance of word embeddings.
 
+    autocast is entered in each step, since it keeps the weights that it has cast until it is left.
     Raises ValueError for a model whose words are split among several text encoders.
     """
     if len(t2i.text_encoders) > 1:
@@ -48,7 +52,8 @@ def spell_captions(
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps + 1)
     losses = []
     for pixels, ids in tqdm(_batches(t2i, pictures, steps, batch_size, seed, weights), total=steps, mininterval=5):
-        vilex_tokens = model(pixels)[:, LEAD : ids.shape[1]]  # (B,N-3,D)
+        with autocast():
+            vilex_tokens = model(pixels)[:, LEAD : ids.shape[1]]  # (B,N-3,D)
         loss = F.mse_loss(vilex_tokens.float(), table[ids[:, LEAD:]]) / table.var()
         loss.backward()
         optimizer.step()

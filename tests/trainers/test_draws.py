@@ -1,6 +1,8 @@
 """What a step draws: learning rates, noise, captions, token counts, pictures; all functions of seed and step."""
 
 from collections import Counter
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -194,11 +196,12 @@ def test_a_model_with_several_text_encoders_cannot_be_spelled_to(files, tmp_path
         spell_captions(run.module, run.t2i, run.pictures, steps=1, batch_size=2, seed=0)
 
 
-def test_tokens_learn_to_spell_the_layout(files):
+@pytest.mark.parametrize("autocast", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_tokens_learn_to_spell_the_layout(files, autocast):
     run = build_run("vilex", files, files.data.parent / "spelling")
     model = run.module.float()
     frozen = snapshot(run.t2i)
-    losses = spell_captions(model, run.t2i, run.pictures, steps=40, batch_size=6, seed=0)
+    losses = spell_captions(model, run.t2i, run.pictures, steps=40, batch_size=6, seed=0, autocast=autocast)
     assert losses.shape == (40,)
     assert losses[-5:].mean() < 0.8 * losses[:3].mean()
     assert_same(frozen, snapshot(run.t2i))

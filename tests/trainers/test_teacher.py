@@ -11,8 +11,9 @@ from training import assert_same, checkpoint, snapshot
 
 from train import train_vilex
 from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
-from train.run import load_data
+from train.run import RunOptions, load_data
 from train.state import TrainState
+from train.words import spell_captions
 from vilex.config import EncoderConfig
 from vilex.diffusion import load_t2i
 from vilex.encoder import build_encoder
@@ -96,6 +97,25 @@ def test_encoder_init_teacher_happens_once_and_the_run_resumes_exactly(files, tm
     succeed("vilex", files, tmp_path / "halves", *flags)
     assert len(calls) == 2
     assert_same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "halves"))
+
+
+def test_a_run_in_bf16_starts_from_what_it_learnt_and_not_from_weights_cast_once(files, tmp_path, monkeypatch):
+    losses = {"teacher": [], "words": []}
+
+    def distil(*arguments) -> None:
+        *given, show, autocast = arguments
+        distil_encoder(*given, lambda i, n, loss: losses["teacher"].append(loss.item()), autocast)
+
+    monkeypatch.setattr(train_vilex, "load_efficientnet", lambda: SimpleNamespace(to=lambda *_, **__: teacher))
+    teacher = SimpleNamespace(patch_features=tiny_teacher())
+    monkeypatch.setattr(train_vilex, "distil_encoder", distil)
+    monkeypatch.setattr(train_vilex, "spell_captions", lambda *a: losses["words"].extend(spell_captions(*a).tolist()))
+    t2i, (pictures, _) = load_t2i(files.t2i, str(files.text)), load_data(32, [files.data])
+    model, options = train_vilex.build_model(TINY, t2i, seed=0), RunOptions(tmp_path)
+    config = DistilConfig(steps=40, batch_size=6, learning_rate=1e-2)
+    train_vilex.VilexRun(t2i, model, pictures, None, TINY, TINY.vilex, options, config, spell_steps=80)
+    for falling in losses.values():
+        assert np.mean(falling[-5:]) < 0.85 * np.mean(falling[:3])
 
 
 def test_encoder_init_open_clip_loads_the_tag(files, monkeypatch):
