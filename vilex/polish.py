@@ -17,6 +17,7 @@ from vilex.t2i import Conditioning, TextToImage
 
 NOISE_DRAWS = 16  # noises of one step, in one call of the denoiser
 _LATENT_DRAWS = 4  # of models that are too large for more
+_SHIFT = 5.0  # of the timesteps: in small pictures prompts decide at the noisiest ones alone
 LEARNING_RATE = 0.6  # in standard deviations of the word embeddings
 _BETAS = (0.9, 0.99)  # a few dozen steps are too few for Adam's usual memory of 1000
 _POOL = 64  # timesteps drawn for each one that is used
@@ -77,9 +78,9 @@ def _read(t2i: TextToImage, vilex_tokens: Tensor) -> Conditioning:
 
 
 def _draw_noise(t2i: TextToImage, generator: torch.Generator, device: torch.device) -> Noise:
-    """Noises of one step. Their timesteps are the model's own, one out of each equal share of them."""
-    draws = NOISE_DRAWS if t2i.embedded else _LATENT_DRAWS
-    pool = t2i.draw_timesteps(draws * _POOL, generator).sort().values
+    """Noises of one step. Their timesteps are the model's own, shifted, one out of each equal share of them."""
+    draws, shift = (NOISE_DRAWS, _SHIFT) if t2i.embedded else (_LATENT_DRAWS, 1.0)
+    pool = t2i.draw_timesteps(draws * _POOL, generator, shift).sort().values
     places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
     values = torch.randn(draws, *t2i.latent_shape, generator=generator)
     return Noise(values.to(device), pool[(places * len(pool)).long()].to(device))
