@@ -50,4 +50,7 @@ def guide(predictions: dict[str, Tensor], weights: BranchWeights) -> Tensor:
     names = weights.needed
     if len(names) == 1 and getattr(weights, names[0]) == 1:
         return predictions[names[0]]
+    if len(names) == 2:
+        first, second = names
+        return torch.lerp(predictions[first], predictions[second], getattr(weights, second))
     return torch.stack([getattr(weights, name) * predictions[name] for name in names]).sum(0)

@@ -3,8 +3,10 @@
 `sample_steps` is a generator: closing it is how a caller stops within one step.
 """
 
+import copy
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -88,25 +90,32 @@ def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> Sc
     """One of diffusers' schedulers with its timesteps set. Raises ValueError for Euler in pixel space."""
     if name == "euler" and t2i.embedded:
         raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
-    base = {k: v for k, v in t2i.scheduler.config.items() if not k.startswith("_")}
     if isinstance(t2i, FlowModel):
         # A model's size is fixed, and with it what its scheduler shifts dynamically
-        base |= {"use_dynamic_shifting": False, "shift": t2i.shift}
+        base = _settings(t2i.scheduler) | {"use_dynamic_shifting": False, "shift": t2i.shift}
         return _flow_scheduler(name, t2i, base, num_inference_steps)
-    shared = base | {"timestep_spacing": "trailing"}
-    if name == "euler":
-        scheduler = EulerDiscreteScheduler.from_config(shared)
-    else:
-        scheduler = ClippedDPMSolver.from_config(
-            shared,
-            algorithm_type="dpmsolver++",
-            solver_order=_SOLVER_ORDER[name],
-            lambda_min_clipped=_LAMBDA_MIN,
-            thresholding=t2i.embedded,
-            sample_max_value=1.0,
-        )
+    scheduler = copy.deepcopy(_unset_scheduler(name, t2i.scheduler, t2i.embedded))
     scheduler.set_timesteps(timesteps=trailing_timesteps(scheduler, num_inference_steps))
     return scheduler
+
+
+def _settings(scheduler: SchedulerMixin) -> dict[str, Any]:
+    return {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+
+
+@lru_cache(maxsize=8)  # diffusers inspects signatures to make one, which takes seven times as long as a copy
+def _unset_scheduler(name: str, noise_scheduler: SchedulerMixin, is_embedded: bool) -> SchedulerMixin:
+    shared = _settings(noise_scheduler) | {"timestep_spacing": "trailing"}
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(shared)
+    return ClippedDPMSolver.from_config(
+        shared,
+        algorithm_type="dpmsolver++",
+        solver_order=_SOLVER_ORDER[name],
+        lambda_min_clipped=_LAMBDA_MIN,
+        thresholding=is_embedded,
+        sample_max_value=1.0,
+    )
 
 
 def _flow_scheduler(name: str, t2i: FlowModel, base: dict[str, Any], num_inference_steps: int) -> SchedulerMixin:
