@@ -50,13 +50,13 @@ from vilex.options import (
 )
 from vilex.recipe import build_recipe, differences
 from vilex.similar import find_similar
-from vilex.vocabulary import Reading
 from vilex.words import blend, graft
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
     from torch import Tensor
 
     from vilex.pipeline import Fit, VilexPipeline
+    from vilex.vocabulary import Reading
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -288,7 +288,7 @@ def inspect(engine: Engine, config: GenerationConfig, photos: Sequence[Source], 
         click.echo(_table(stem, pipeline.vocabulary.read(word.vilex_tokens, count)))
 
 
-def _table(stem: str, readings: Sequence[Reading]) -> str:
+def _table(stem: str, readings: Sequence["Reading"]) -> str:
     lines = [stem, "token  distance  nearest words"]
     for i, reading in enumerate(readings, 1):
         words = "  ".join(f"{neighbour.word} {neighbour.similarity:.2f}" for neighbour in reading.neighbours)
