@@ -7,6 +7,7 @@ from torch import Tensor
 
 from train.presets import PRESETS
 from train.train_vilex import build_model
+from vilex import polish
 from vilex.config import GenerationConfig, PolishConfig
 from vilex.diffusion import TextToImage, load_t2i
 from vilex.images import fit_image, to_pixels
@@ -135,3 +136,13 @@ def test_a_model_without_encoder_draws_words_and_what_was_polished(bare, picture
     bare.save_pretrained(tmp_path)
     again = VilexPipeline.from_pretrained(str(tmp_path), device="cpu", dtype="float32")
     assert again.vilex is None and again.fingerprint == bare.fingerprint
+
+
+def test_small_pictures_are_polished_at_noisy_timesteps(t2i, stable_diffusion):
+    def median(model) -> float:
+        generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
+        draws = [polish._draw_noise(model, generator, device).timesteps for _ in range(64)]
+        return torch.cat(draws).float().median().item()
+
+    assert median(t2i) == pytest.approx(1000 * 5 / 6, abs=30)  # one half, shifted by 5
+    assert median(stable_diffusion) == pytest.approx(500, abs=60)

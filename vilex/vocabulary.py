@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,11 @@ class Vocabulary:
 
     def __init__(self, t2i: TextToImage) -> None:
         self.t2i = t2i
-        self.average = t2i.word_statistics()[0]  # (D,)
+
+    @cached_property
+    def average(self) -> Tensor:
+        """The average word (D,), in every text encoder there is."""
+        return self.t2i.word_statistics()[0]
 
     def weigh(self, vilex_tokens: Tensor, weight: float) -> Tensor:
         """vilex_tokens (N,D) that say more or less: 0 is the average word, 1 leaves them alone.
