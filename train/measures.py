@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -137,19 +137,19 @@ def _standardise(features: Tensor) -> list[StandardScaler | PCA]:
     return [StandardScaler(), *([PCA(PROBE_WIDTH, svd_solver="randomized", random_state=0)] if is_wide else [])]
 
 
-def linear_probe(
-    features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, inverse_penalty: float = 0.01
-) -> float:
-    """Accuracy on features (S,F) of a logistic regression fitted to standardised gallery features (T,F).
+def fit_probe(gallery: Tensor, gallery_labels: Tensor, inverse_penalty: float = 0.01) -> Pipeline:
+    """A logistic regression fitted to standardised gallery features (T,F).
 
     Of more than PROBE_WIDTH features it sees as many principal components.
     inverse_penalty: scikit-learn's C, the inverse strength of the L2 penalty.
     """
-    model = make_pipeline(
-        *_standardise(gallery), LogisticRegression(C=inverse_penalty, max_iter=1000, tol=PROBE_TOLERANCE)
-    )
-    model.fit(gallery.numpy(), gallery_labels.numpy())
-    return float(model.score(features.numpy(), labels.numpy()))
+    regression = LogisticRegression(C=inverse_penalty, max_iter=1000, tol=PROBE_TOLERANCE)
+    return make_pipeline(*_standardise(gallery), regression).fit(gallery.numpy(), gallery_labels.numpy())
+
+
+def linear_probe(features: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor) -> float:
+    """Accuracy on features (S,F) of a probe fitted to gallery features (T,F)."""
+    return float(fit_probe(gallery, gallery_labels).score(features.numpy(), labels.numpy()))
 
 
 def caption_recall(

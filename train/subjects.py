@@ -70,7 +70,7 @@ def _flower(record: Record, chance: Chance) -> str:
 
 
 def _emoji(record: Record, chance: Chance) -> str:
-    general = next((words for key, words in _EMOJI_STYLES.items() if key in record.style), "flat emoji")
+    general = _emoji_kind(record.style)
     style = pick(chance, record.style, record.style, general, general, "emoji")
     label = record.label
     if record.keywords and chance.random() > 0.7:
@@ -78,6 +78,10 @@ def _emoji(record: Record, chance: Chance) -> str:
     return pick(
         chance, f"{with_article(style)} of {label}", f"{style} of {label}", f"{label}, {style}", f"{label} {style}"
     )
+
+
+def _emoji_kind(style: str) -> str:
+    return next((words for key, words in _EMOJI_STYLES.items() if key in style), "flat emoji")
 
 
 _EMOJI_STYLES = {"3D": "3D emoji", "gradient": "gradient emoji", "blob": "blob emoji", "Streamline": "outline emoji"}
@@ -178,7 +182,7 @@ _SUBJECTS: dict[str, Callable[[Record, Chance], str]] = {
     "pacs": _drawing,
     "openclipart": _clip_art,
 }
-_PHOTOS = ("tiny-imagenet", "caltech101", "miniplaces", "flowers102", "flickr8k")
+PHOTOS = ("tiny-imagenet", "caltech101", "miniplaces", "flowers102", "flickr8k")
 
 
 def plain_caption(record: Record) -> str:
@@ -188,11 +192,16 @@ def plain_caption(record: Record) -> str:
 
 def style_caption(record: Record) -> str:
     """The words for the style only, such as 'oil painting, Impressionism, by Claude Monet'; empty if unknown."""
-    if record.source in _PHOTOS:
+    if record.source in PHOTOS:
         return "photo"
     if record.source == "wikiart" or record.artist:
         return ", ".join(filter(None, (_medium(record), record.style, record.artist and f"by {record.artist}")))
     return _DRAWING_STYLES.get(record.style, (record.style,))[0]
+
+
+def kind_caption(record: Record) -> str:
+    """The kind of picture in general words, such as 'photo', 'oil painting' or 'flat emoji'; empty if unknown."""
+    return _emoji_kind(record.style) if record.source == "emoji" else style_caption(record).partition(",")[0]
 
 
 def content_caption(record: Record) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from train.data import Pictures, load_pictures, sha256
-from train.evaluate import LABEL_SOURCES, match_classes
+from train.judge import LABEL_SOURCES, match_classes
 from train.measures import RECALL_RANKS, caption_recall, chance_recall, knn_accuracy, linear_probe
 from train.run import start, usage_errors
 from vilex.checkpoint import find_weights, load_pretrained, weights_name

@@ -33,6 +33,35 @@ def draw_cactus() -> Image.Image:
     return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
+def draw_mountains() -> Image.Image:
+    """Snowy mountains over a dark wood at night, with a moon, RGB, SIZE x SIZE."""
+    image, draw = _canvas("#1b2a4a")
+    draw.ellipse(_scaled((0.14, 0.1, 0.32, 0.28)), fill="#f4f1de")
+    draw.polygon(_scaled((-0.1, 0.85, 0.3, 0.34, 0.7, 0.85)), fill="#53627c")
+    draw.polygon(_scaled((0.22, 0.44, 0.3, 0.34, 0.38, 0.44, 0.3, 0.49)), fill="#eef2f7")
+    draw.polygon(_scaled((0.3, 0.85, 0.7, 0.24, 1.1, 0.85)), fill="#6f7f9b")
+    draw.polygon(_scaled((0.595, 0.4, 0.7, 0.24, 0.805, 0.4, 0.7, 0.46)), fill="#ffffff")
+    draw.rectangle(_scaled((0, 0.78, 1, 1)), fill="#16281f")
+    for i in range(12):
+        left = i / 12 - 0.01
+        draw.polygon(_scaled((left, 0.82, left + 0.05, 0.66, left + 0.1, 0.82)), fill="#1f3a2d")
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
+def draw_fruit() -> Image.Image:
+    """A red apple, a lemon and a purple plum on a blue cloth, RGB, SIZE x SIZE."""
+    image, draw = _canvas("#efe6d8")
+    draw.rectangle(_scaled((0, 0.62, 1, 1)), fill="#3d5a98")
+    draw.ellipse(_scaled((0.12, 0.32, 0.54, 0.76)), fill="#c1121f")
+    draw.ellipse(_scaled((0.2, 0.38, 0.3, 0.5)), fill="#e5636b")
+    draw.rectangle(_scaled((0.325, 0.2, 0.345, 0.36)), fill="#5a3a22")
+    draw.polygon(_scaled((0.345, 0.26, 0.46, 0.18, 0.43, 0.29)), fill="#588157")
+    draw.ellipse(_scaled((0.56, 0.46, 0.94, 0.74)), fill="#f6c945")
+    draw.ellipse(_scaled((0.46, 0.6, 0.72, 0.86)), fill="#5b2a6e")
+    draw.ellipse(_scaled((0.51, 0.64, 0.57, 0.7)), fill="#8d5aa3")
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+
+
 def _canvas(colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (SIZE * SCALE, SIZE * SCALE), colour)
     return image, ImageDraw.Draw(image)
@@ -44,5 +73,5 @@ def _scaled(fractions: tuple[float, ...]) -> list[float]:
 
 if __name__ == "__main__":
     folder = Path(__file__).parent
-    draw_sailboat().save(folder / "sailboat.png", optimize=True)
-    draw_cactus().save(folder / "cactus.png", optimize=True)
+    for draw in (draw_sailboat, draw_cactus, draw_mountains, draw_fruit):
+        draw().save(folder / f"{draw.__name__.removeprefix('draw_')}.png", optimize=True)

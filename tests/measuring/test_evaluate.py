@@ -6,48 +6,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from torch import nn
 
-import train.evaluate as evaluate
+from train import arms, evaluate
 from train.data import load_pictures
-from train.nets import Extractor
+from train.judge import Judge
 from vilex.config import GenerationConfig
-
-
-class TinyNet(Extractor):
-    size = 8
-    description = "mean colours"
-
-    def __init__(self, key):
-        super().__init__()
-        self.key = key
-
-    def features(self, pixels):
-        return nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1)  # (B,12)
-
-    def logits(self, features):
-        return features * 4
-
-
-class TinyLpips(nn.Module):
-    def forward(self, pixels, reference):
-        return (pixels - reference).square().mean((1, 2, 3))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    for i in range(5):
-        Image.new("RGB", (32, 32), (40 * i, 255 - 40 * i, 90)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(["red dog", "green cat"][i % 2])
-    return tmp_path
-
-
-@pytest.fixture
-def stand_ins(monkeypatch, pipeline):
-    monkeypatch.setattr(evaluate, "load_vgg", lambda: TinyNet("vgg"))
-    monkeypatch.setattr(evaluate, "load_efficientnet", lambda: TinyNet("eff"))
-    monkeypatch.setattr(evaluate, "load_lpips", lambda net: TinyLpips())
-    monkeypatch.setattr(evaluate.VilexPipeline, "from_pretrained", lambda *args, **kwargs: pipeline)
 
 
 def run(folder, *extra):
@@ -95,14 +58,14 @@ def test_a_sample_depends_on_its_picture_and_seed_not_on_its_batch(folder, pipel
     pictures = load_pictures(folder, image_size=32)
     config = GenerationConfig(num_inference_steps=2)
     for arm in ("text", "dense", "4"):
-        whole = evaluate.draw_arm(pipeline, pictures, arm, config, batch_size=5).samples
-        parts = evaluate.draw_arm(pipeline, pictures, arm, config, batch_size=2).samples
+        whole = arms.draw_arm(pipeline, pictures, arm, config, batch_size=5)
+        parts = arms.draw_arm(pipeline, pictures, arm, config, batch_size=2)
         assert (whole.int() - parts.int()).abs().max() <= 2
 
 
 def test_perfect_samples_measure_zero(folder, stand_ins):
     pictures = load_pictures(folder, image_size=32)
-    judge = evaluate.Judge(pictures, None, "cpu")
+    judge = Judge(pictures, None, "cpu")
     measured = judge.measure(judge.real)
     assert measured["lpips"] == 0
     assert measured["colour_error_16x16"] == 0
@@ -111,3 +74,43 @@ def test_perfect_samples_measure_zero(folder, stand_ins):
     worse = judge.measure(torch.zeros_like(judge.real))
     assert worse["lpips"] > 0
     assert worse["fd_vgg"] > 0.01
+
+
+def test_kept_samples_are_drawn_once_and_belong_to_their_settings(folder, pipeline, monkeypatch):
+    pictures, kept = load_pictures(folder, image_size=32), folder / "kept"
+    config = GenerationConfig(num_inference_steps=2)
+    first = {arm: arms.draw_arm(pipeline, pictures, arm, config, keep=kept) for arm in ("text", "4")}
+    monkeypatch.setattr(arms, "draw", None)  # nothing can be drawn any more
+    for arm, samples in first.items():
+        assert torch.equal(arms.draw_arm(pipeline, pictures, arm, config, keep=kept), samples)
+    with pytest.raises(TypeError):
+        arms.draw_arm(pipeline, pictures, "4", GenerationConfig(num_inference_steps=3), keep=kept)
+    with torch.no_grad():
+        next(pipeline.vilex.parameters()).add_(1)
+    del pipeline.fingerprint
+    assert torch.equal(arms.draw_arm(pipeline, pictures, "text", config, keep=kept), first["text"])
+    with pytest.raises(TypeError):  # another encoder
+        arms.draw_arm(pipeline, pictures, "4", config, keep=kept)
+
+
+def test_each_arm_is_drawn_at_its_best_of_a_sweep(folder, stand_ins):
+    best = {
+        arm: {"guidance_scale": i + 1.5, "guidance_low": 0.5, "num_inference_steps": 1} for i, arm in enumerate("14")
+    }
+    (folder / "sweep.json").write_text(json.dumps({"best": best}))
+    result = run(folder, "--arms", "1,4", "--sweep", str(folder / "sweep.json"))
+    assert result.exit_code == 0, result.output
+    assert json.loads((folder / "out" / "metrics.json").read_text())["settings"] == best
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}", "is not a sweep.json"), ("[1]", "is not a sweep.json"), ("no", "is not a sweep.json"),
+     ('{"best": {"1": {"guidance_scale": 99}}}', "guidance_scale must be between 0 and 20, got 99"),
+     ('{"best": {"1": {}}}', "has no best settings for 4, it has 1")],
+)  # fmt: skip
+def test_a_bad_sweep_is_one_sentence(folder, stand_ins, content, message):
+    (folder / "sweep.json").write_text(content)
+    result = run(folder, "--arms", "1,4", "--sweep", str(folder / "sweep.json"))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", "").split())

@@ -1,0 +1,87 @@
+"""Grids of pictures that nobody trained on: redrawn from few and many tokens, and mixed with words.
+
+    python -m train.looks --model nano --out assets/weights/nano
+
+Writes looks.png, a row per picture: the input, then three seeds of each number of tokens; and mixes.png, a block per
+picture: a row per text, a column per text-free guidance. To be looked at.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from PIL import Image
+
+from train.report import LoadPipeline, measuring_options
+from train.run import usage_errors
+from train.sweep import parse_numbers
+from vilex.config import GenerationConfig, token_budgets
+from vilex.images import contact_sheet, find_images, fit_image, load_image
+from vilex.pipeline import VilexPipeline
+
+EXAMPLES = Path(__file__).parent.parent / "assets" / "examples"
+TEXTS = (
+    "<image>, in the style of Claude Monet",
+    "<image>, in the style of Hokusai",
+    "<image>, Google Noto emoji",
+    "<image>, pencil sketch",
+    "<image> on a beach",
+    "<image> at night",
+)
+SEEDS = 3
+
+
+def draw_looks(pipeline: VilexPipeline, images: Sequence[Image.Image], config: GenerationConfig) -> Image.Image:
+    """A sheet: each picture, then SEEDS samples of each of the model's budgets of tokens."""
+    budgets = token_budgets(pipeline.max_tokens)
+    rows = []
+    for image in images:
+        rebuilt = pipeline.reconstruct(image, budgets, replace(config, num_images=SEEDS))
+        rows.append([_small(pipeline, image), *(drawn for _, result in rebuilt for drawn in result.images)])
+    labels = ["input"] + [str(n) if i == 0 else "" for n in budgets for i in range(SEEDS)]
+    return contact_sheet(rows, column_labels=labels)
+
+
+def draw_mixes(
+    pipeline: VilexPipeline, images: Sequence[Image.Image], scales: Sequence[float], config: GenerationConfig
+) -> Image.Image:
+    """A sheet: a row per text; for each picture the input and a sample at each text-free guidance, of one seed."""
+    rows = []
+    for text in TEXTS:
+        row = []
+        for image in images:
+            configs = [replace(config, tfg_scale=scale) for scale in scales]
+            drawn = [pipeline.generate(text, [image], each).images[0] for each in configs]
+            row += [_small(pipeline, image), *drawn]
+        rows.append(row)
+    labels = ["input", *(f"tfg {scale:g}" for scale in scales)] * len(images)
+    return contact_sheet(rows, row_labels=TEXTS, column_labels=labels)
+
+
+def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
+    return fit_image(image, pipeline.t2i.image_size, "crop")
+
+
+@click.command()
+@measuring_options
+@click.option("--pictures", type=click.Path(exists=True, path_type=Path), default=EXAMPLES, help="A folder.")
+@click.option("--mixed", default="sailboat,cat,fruit,coffee", show_default=True, help="Pictures to mix with words.")
+@click.option("--mix-tokens", type=int, default=16, show_default=True, help="Tokens of a picture beside words.")
+@click.option("--tfg", default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
+def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: str, out: Path) -> None:
+    """Draw looks.png and mixes.png."""
+    with usage_errors():
+        scales, config = parse_numbers(tfg), GenerationConfig(num_tokens=mix_tokens)
+        images = {path.stem: load_image(path) for path in find_images([pictures])}
+        chosen = [name.strip() for name in mixed.split(",")]
+        if missing := [name for name in chosen if name not in images]:
+            raise ValueError(f"{pictures} has no picture {', '.join(missing)}, it has {', '.join(images)}")
+        pipeline = load()
+    out.mkdir(parents=True, exist_ok=True)
+    draw_looks(pipeline, list(images.values()), GenerationConfig()).save(out / "looks.png")
+    draw_mixes(pipeline, [images[name] for name in chosen], scales, config).save(out / "mixes.png")
+
+
+if __name__ == "__main__":
+    main()
