@@ -2,8 +2,8 @@
 
     python -m train.looks --model nano --out assets/weights/nano
 
-Writes looks.png, a row per picture: the input, then three seeds of each number of tokens; and mixes.png, a block per
-picture: a row per text, a column per text-free guidance. To be looked at.
+Writes looks.png, a row per picture: the input, then three seeds of each number of tokens; mixes.png, a row per text and
+for each picture a column per text-free guidance; and prompts.png, what the text-to-image model draws from 64 prompts.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from train.prompts import PROMPTS
 from train.report import LoadPipeline, measuring_options
 from train.run import usage_errors
 from train.sweep import parse_numbers
@@ -30,6 +31,7 @@ TEXTS = (
     "<image> at night",
 )
 SEEDS = 3
+WORDS_GUIDANCE = 3.0  # of prompts without a picture
 
 
 def draw_looks(pipeline: VilexPipeline, images: Sequence[Image.Image], config: GenerationConfig) -> Image.Image:
@@ -59,6 +61,12 @@ def draw_mixes(
     return contact_sheet(rows, row_labels=TEXTS, column_labels=labels)
 
 
+def draw_prompts(pipeline: VilexPipeline, config: GenerationConfig) -> Image.Image:
+    """A sheet: a row per kind of PROMPTS, all from one seed."""
+    rows = [[pipeline.generate(prompt, [], config).images[0] for prompt in prompts] for prompts in PROMPTS.values()]
+    return contact_sheet(rows, row_labels=list(PROMPTS))
+
+
 def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
     return fit_image(image, pipeline.t2i.image_size, "crop")
 
@@ -70,7 +78,7 @@ def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
 @click.option("--mix-tokens", type=int, default=16, show_default=True, help="Tokens of a picture beside words.")
 @click.option("--tfg", default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
 def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: str, out: Path) -> None:
-    """Draw looks.png and mixes.png."""
+    """Draw looks.png, mixes.png and prompts.png."""
     with usage_errors():
         scales, config = parse_numbers(tfg), GenerationConfig(num_tokens=mix_tokens)
         images = {path.stem: load_image(path) for path in find_images([pictures])}
@@ -81,6 +89,7 @@ def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: s
     out.mkdir(parents=True, exist_ok=True)
     draw_looks(pipeline, list(images.values()), GenerationConfig()).save(out / "looks.png")
     draw_mixes(pipeline, [images[name] for name in chosen], scales, config).save(out / "mixes.png")
+    draw_prompts(pipeline, GenerationConfig(guidance_scale=WORDS_GUIDANCE)).save(out / "prompts.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The grids to look at: their cells are what the pipeline draws."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,10 +13,16 @@ from vilex.config import GenerationConfig
 STEPS = GenerationConfig(num_inference_steps=1)
 
 
+def test_there_are_64_different_prompts_over_eight_kinds():
+    assert [len(set(prompts)) for prompts in looks.PROMPTS.values()] == [8] * 8
+    assert len(set(chain.from_iterable(looks.PROMPTS.values()))) == 64
+
+
 @pytest.fixture
 def few(monkeypatch):
     monkeypatch.setattr(looks, "GenerationConfig", lambda **kw: GenerationConfig(num_inference_steps=1, **kw))
     monkeypatch.setattr(looks, "TEXTS", ("<image>, red", "<image> on a beach"))
+    monkeypatch.setattr(looks, "PROMPTS", {"dog": ("a red dog", "a blue dog")})
 
 
 def run(folder, *extra):
@@ -22,13 +30,15 @@ def run(folder, *extra):
     return CliRunner().invoke(looks.main, [*arguments, *extra])
 
 
-def test_both_sheets_are_written(folder, stand_ins, few):
+def test_all_sheets_are_written(folder, stand_ins, few):
     result = run(folder, "--mix-tokens", "4")
     assert result.exit_code == 0, result.output
     with Image.open(folder / "out" / "looks.png") as sheet:
         assert sheet.width > 13 * 32 and sheet.height > 5 * 32
     with Image.open(folder / "out" / "mixes.png") as sheet:
         assert sheet.width > 6 * 32 and sheet.height > 2 * 32
+    with Image.open(folder / "out" / "prompts.png") as sheet:
+        assert sheet.width > 2 * 32
 
 
 def test_a_cell_is_the_pipelines_picture(pipeline, picture, monkeypatch):
