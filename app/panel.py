@@ -199,6 +199,4 @@ def slider(
 
 
 def _schedulers(handlers: Handlers) -> list[str]:
-    # Euler is for latent models: nothing clips it in pixel space
-    is_embedded = handlers.pipeline is None or handlers.pipeline.is_embedded
-    return [name for name in SCHEDULERS if not (is_embedded and name == "euler")]
+    return list(SCHEDULERS) if handlers.pipeline is None else ["auto", *handlers.pipeline.t2i.schedulers]

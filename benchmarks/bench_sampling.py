@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilex.config import GenerationConfig
 from vilex.pipeline import VilexPipeline
-from vilex.sampling import Conditions, build_scheduler, draw_noise, sample, sample_steps
+from vilex.sampling import Conditions, build_scheduler, draw_noise, sample, sample_steps, seeded
 
 LADDER = (1, 16, 75)
 PREVIEW_EVERY = 4  # steps, as the app shows them
@@ -80,17 +80,18 @@ def draw_with_previews(bench: Bench, conditions: Conditions) -> list[Image.Image
 @torch.no_grad()
 def draw_with_diffusers(bench: Bench, conditions: Conditions) -> Tensor:
     """Clean latents of the loop that diffusers' documentation shows, with its own scheduler and guidance."""
-    t2i, ours = bench.pipeline.t2i, build_scheduler("dpm++", bench.pipeline.t2i, 1)
+    t2i, ours = bench.pipeline.t2i, build_scheduler(bench.config.scheduler, bench.pipeline.t2i, 1)
     scheduler = DPMSolverMultistepScheduler.from_config(ours.config)
     scheduler.set_timesteps(bench.config.num_inference_steps, device=bench.pipeline.device)
     condition = conditions.uncond.concatenate([conditions.uncond, conditions.image])
     condition = condition.to(bench.pipeline.device, bench.pipeline.dtype)
-    latents = draw_noise([bench.config.seed], t2i.latent_shape).to(bench.pipeline.device)
+    generators = seeded([bench.config.seed])
+    latents = draw_noise(generators, t2i.latent_shape).to(bench.pipeline.device)
     for t in scheduler.timesteps:
         batch = scheduler.scale_model_input(torch.cat([latents] * 2), t).to(bench.pipeline.dtype)
         uncond, image = t2i.denoise(batch, t, condition).float().chunk(2)
         guided = uncond + bench.config.guidance_scale * (image - uncond)
-        latents = scheduler.step(guided, t, latents).prev_sample
+        latents = scheduler.step(guided, t, latents, generator=generators).prev_sample
     return latents
 
 

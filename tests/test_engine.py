@@ -232,7 +232,7 @@ def test_closing_stops_within_one_step_and_the_next_is_drawn(engine, ask, watche
     following.assert_its_own(steps)
 
 
-@pytest.mark.parametrize("scheduler", ["dpm++", "ddim"])
+@pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "ddpm"])
 def test_a_request_leaves_its_batch_and_the_other_is_unchanged(engine, ask, watched, scheduler):
     settings = {"scheduler": scheduler, "num_inference_steps": 6}
     first, second = ask("dog", [4, 5], **settings), ask("cat", [6], **settings)
@@ -352,7 +352,7 @@ def test_what_is_not_finite_fails_alone(engine, ask, watched):
 
 
 def test_euler_in_pixel_space_is_refused_by_the_sampler(engine, ask):
-    with pytest.raises(ValueError, match="scheduler 'euler' is for latent models"):
+    with pytest.raises(ValueError, match="scheduler 'euler' does not suit this model"):
         steps_of(ask("dog", scheduler="euler").draw(engine))
 
 

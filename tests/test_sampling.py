@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler
 from vilex.prompt import compose
-from vilex.sampling import Conditions, build_scheduler, count_branches, draw_noise, sample, sample_steps
+from vilex.sampling import Conditions, build_scheduler, count_branches, draw_noise, sample, sample_steps, seeded
 
 
 def encode(t2i: TextToImage, text: str, *vectors: Tensor) -> Conditioning:
@@ -65,7 +66,7 @@ few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["dpm++", "ddim"])
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm"])
 @few
 @any_steps
 @example(steps=1)
@@ -79,7 +80,7 @@ def test_an_oracle_gives_the_picture_back_in_pixel_space(t2i, name, prediction_t
     torch.testing.assert_close(estimates[-1], clean.expand(2, -1, -1, -1), atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "euler"])
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm", "euler"])
 @few
 @any_steps
 @example(steps=1)
@@ -90,7 +91,7 @@ def test_an_oracle_gives_the_picture_back_in_latent_space(stable_diffusion, name
     torch.testing.assert_close(estimates[-1], clean.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim"])
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm"])
 @pytest.mark.parametrize("steps", [1, 2, 20, 61, 200])
 def test_sampling_starts_at_pure_noise(t2i, conditions, name, steps):
     timesteps = build_scheduler(name, t2i, steps).timesteps
@@ -100,14 +101,53 @@ def test_sampling_starts_at_pure_noise(t2i, conditions, name, steps):
     assert timesteps[-1] < 1000 / steps  # and ends a spacing above the clean picture
 
 
-def test_euler_is_refused_in_pixel_space(t2i):
-    with pytest.raises(ValueError, match="scheduler 'euler' is for latent models"):
+def test_a_scheduler_that_does_not_suit_is_refused(t2i):
+    message = r"scheduler 'euler' does not suit this model, which takes ddpm, dpm\+\+, ddim"
+    with pytest.raises(ValueError, match=message):
         build_scheduler("euler", t2i, 4)
+
+
+def test_auto_is_the_best_for_the_model(t2i, stable_diffusion, conditions):
+    assert t2i.pick_scheduler("auto") == "ddpm" and stable_diffusion.pick_scheduler("auto") == "dpm++"
+    drawn = {
+        name: sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
+        for name in ("auto", "ddpm", "dpm++")
+    }
+    assert torch.equal(drawn["auto"], drawn["ddpm"])
+    assert not torch.allclose(drawn["auto"], drawn["dpm++"], atol=0.01)
+
+
+def test_ddpm_is_the_posterior_of_the_training_noise(t2i, conditions):
+    """Against diffusers' DDIM at eta 1, which is DDPM's sampler, with the same fresh noise."""
+    clean = torch.rand(1, *t2i.latent_shape, generator=torch.Generator().manual_seed(7)) * 2 - 1
+    t2i.denoise = oracle(t2i, clean)
+    scheduler = build_scheduler("ddpm", t2i, 5)
+    reference = DDIMScheduler.from_config(
+        t2i.scheduler.config, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    reference.set_timesteps(5)
+    scheduler.set_timesteps(timesteps=reference.timesteps.tolist())  # ours are spaced from lambda_min on
+    torch.manual_seed(0)
+    sample_now, fresh = torch.randn(2, 1, *t2i.latent_shape)
+    for t in scheduler.timesteps[1:-1]:  # the last ends at the clean picture
+        prediction = t2i.denoise(sample_now, t.expand(1), None)
+        scheduler._step_index = None
+        a = scheduler.step(prediction, t, sample_now, variance_noise=fresh, return_dict=False)[0]
+        b = reference.step(prediction, t, sample_now, eta=1.0, variance_noise=fresh, return_dict=False)[0]
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+
+
+def test_fresh_noise_comes_from_each_pictures_own_seed(t2i, conditions):
+    config = GenerationConfig(num_inference_steps=4, scheduler="ddpm")
+    both = sample(t2i, conditions, config, seeds=[8, 3])
+    for i, seed in enumerate((8, 3)):
+        torch.testing.assert_close(both[i : i + 1], sample(t2i, conditions, config, seeds=[seed]), atol=1e-4, rtol=0)
+    assert not torch.allclose(both[0], both[1], atol=0.01)
 
 
 def test_what_leaves_the_range_is_clipped_in_pixel_space(t2i, conditions):
     t2i.denoise = oracle(t2i, torch.full((1, *t2i.latent_shape), 3.0))
-    for name in ("dpm++", "ddim"):
+    for name in ("dpm++", "ddim", "ddpm"):
         latents = sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
         assert torch.equal(latents, torch.ones_like(latents))
 
@@ -169,9 +209,9 @@ def test_given_seeds_and_a_condition_per_picture(t2i, conditions):
 
 
 def test_noise_of_a_seed_is_the_same_in_every_batch():
-    noise = draw_noise([4, 2**32 - 1], (2, 3, 5))
+    noise = draw_noise(seeded([4, 2**32 - 1]), (2, 3, 5))
     assert noise.shape == (2, 2, 3, 5)
-    assert torch.equal(noise[1:], draw_noise([2**32 - 1], (2, 3, 5)))
+    assert torch.equal(noise[1:], draw_noise(seeded([2**32 - 1]), (2, 3, 5)))
     assert not torch.equal(noise[0], noise[1])
 
 
@@ -210,7 +250,7 @@ def test_output_that_is_not_finite_is_reported(t2i, conditions, value):
         sample(t2i, conditions, GenerationConfig(num_inference_steps=3))
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "euler"])
+@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm", "euler"])
 def test_pictures_that_leave_the_batch_do_not_change_the_others(stable_diffusion, name):
     t2i, config = stable_diffusion, GenerationConfig(num_inference_steps=6, scheduler=name)
     texts = [encode(t2i, text) for text in ("dog", "cat", "a red house")]

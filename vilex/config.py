@@ -121,7 +121,7 @@ class GenerationConfig(Config):
     tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 ignores the words, 1 = plain joint")
     guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")
     guidance_high: float = setting(1.0, 0.0, 1.0, "guidance is on while t/T is at most this")
-    scheduler: str = "dpm++"
+    scheduler: str = "auto"
     negative_prompt: str = ""
 
     def rules(self) -> list[str]:
@@ -138,7 +138,7 @@ class GenerationConfig(Config):
         return broken
 
 
-SCHEDULERS = ("dpm++", "ddim", "euler")
+SCHEDULERS = ("auto", "dpm++", "ddim", "ddpm", "euler")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ class EmbeddedModel(TextToImage):
     """Our own small pixel-space model: MiniLM, a U-Net, and pictures folded into channels."""
 
     pipeline_class = "VilexTextToImage"
+    # fresh noise at each step mends what a small model gets wrong; nothing clips Euler's method in pixel space
+    schedulers = ("ddpm", "dpm++", "ddim")
 
     def __init__(
         self,

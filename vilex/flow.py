@@ -28,6 +28,7 @@ class FlowModel(LatentModel):
     """
 
     denoiser_name = "transformer"
+    schedulers = ("dpm++", "ddim", "euler")
     scheduler_class = FlowMatchEulerDiscreteScheduler
 
     @property

@@ -115,7 +115,12 @@ def build_recipe(
     """The recipe of picture `index` of a request: with its own seed, it draws that picture alone."""
     return Recipe(
         prompt=prompt,
-        config=dataclasses.replace(config, seed=config.seed + index, num_images=1),
+        config=dataclasses.replace(
+            config,
+            seed=config.seed + index,
+            num_images=1,
+            scheduler=pipeline.t2i.pick_scheduler(config.scheduler),  # "auto" may come to mean another
+        ),
         model=pipeline.name[:_MAX_CHARS],
         fingerprint=pipeline.fingerprint,
         dtype=str(pipeline.dtype).removeprefix("torch."),

@@ -24,7 +24,8 @@ from vilex.flow import FlowModel
 from vilex.guidance import BranchWeights, branch_weights, guide, outside_interval
 
 OnStep = Callable[[int, int, Tensor], None]
-_SOLVER_ORDER = {"ddim": 1, "dpm++": 2}  # DPM-Solver++ of first order is DDIM
+# DPM-Solver++ of first order is DDIM, and with fresh noise at each step it is DDPM's own sampler
+_SOLVERS = {"dpm++": ("dpmsolver++", 2), "ddim": ("dpmsolver++", 1), "ddpm": ("sde-dpmsolver++", 1)}
 _LAMBDA_MIN = -5.1  # the cosine schedule's first steps have almost no signal: without it DPM-Solver++ explodes
 
 
@@ -87,9 +88,8 @@ class FlowEuler(FlowMatchEulerDiscreteScheduler):
 
 
 def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> SchedulerMixin:
-    """One of diffusers' schedulers with its timesteps set. Raises ValueError for Euler in pixel space."""
-    if name == "euler" and t2i.embedded:
-        raise ValueError("scheduler 'euler' is for latent models: nothing clips it in pixel space")
+    """One of diffusers' schedulers with its timesteps set. Raises ValueError for one that does not suit the model."""
+    name = t2i.pick_scheduler(name)
     if isinstance(t2i, FlowModel):
         # A model's size is fixed, and with it what its scheduler shifts dynamically
         base = _settings(t2i.scheduler) | {"use_dynamic_shifting": False, "shift": t2i.shift}
@@ -108,10 +108,11 @@ def _unset_scheduler(name: str, noise_scheduler: SchedulerMixin, is_embedded: bo
     shared = _settings(noise_scheduler) | {"timestep_spacing": "trailing"}
     if name == "euler":
         return EulerDiscreteScheduler.from_config(shared)
+    algorithm_type, solver_order = _SOLVERS[name]
     return ClippedDPMSolver.from_config(
         shared,
-        algorithm_type="dpmsolver++",
-        solver_order=_SOLVER_ORDER[name],
+        algorithm_type=algorithm_type,
+        solver_order=solver_order,
         lambda_min_clipped=_LAMBDA_MIN,
         thresholding=is_embedded,
         sample_max_value=1.0,
@@ -127,7 +128,7 @@ def _flow_scheduler(name: str, t2i: FlowModel, base: dict[str, Any], num_inferen
         num_train_timesteps=base["num_train_timesteps"],
         prediction_type="flow_prediction",
         algorithm_type="dpmsolver++",
-        solver_order=_SOLVER_ORDER[name],
+        solver_order=_SOLVERS[name][1],
         use_flow_sigmas=True,
         flow_shift=base["shift"],
     )
@@ -148,9 +149,14 @@ def trailing_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> l
     return (spaced.round().long() - 1).tolist()
 
 
-def draw_noise(seeds: list[int], shape: tuple[int, int, int]) -> Tensor:
-    """float32 (B,C,h,w) on the CPU; row i depends on seeds[i] alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+    """A generator per seed."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int]) -> Tensor:
+    """float32 (B,C,h,w) on the CPU; row i comes from generator i alone."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -170,13 +176,15 @@ def sample_steps(
     conditions = conditions.expand(len(seeds))
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
     batches = {needed: _batch(conditions, needed, like) for needed in {w.needed for w in weights}}
-    noisy_latents = draw_noise(seeds, t2i.latent_shape).to(like.device) * scheduler.init_noise_sigma
+    generators = seeded(seeds)
+    noisy_latents = draw_noise(generators, t2i.latent_shape).to(like.device) * scheduler.init_noise_sigma
     for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
         model_input = scheduler.scale_model_input(noisy_latents, t)
         prediction = _predict(t2i, model_input, t, batches[weight.needed], weight)
         if not torch.isfinite(prediction).all():
             raise FloatingPointError(f"the model gave values that are not finite at step {i + 1}; try dtype float32")
-        noisy_latents = scheduler.step(prediction, t, noisy_latents, return_dict=False)[0]
+        fresh = {"variance_noise": draw_noise(generators, t2i.latent_shape)} if _is_stochastic(scheduler) else {}
+        noisy_latents = scheduler.step(prediction, t, noisy_latents, **fresh, return_dict=False)[0]
         last = i + 1 == len(weights)
         estimate = noisy_latents if last else t2i.estimate_clean(model_input, prediction, t)
         kept = yield Step(i, len(weights), estimate)
@@ -184,6 +192,7 @@ def sample_steps(
             kept = kept.to(like.device)
             noisy_latents, conditions = noisy_latents[kept], conditions.select(kept)
             batches = {needed: _batch(conditions, needed, like) for needed in batches}
+            generators = [generators[row] for row in kept.tolist()]
             _keep_history(scheduler, kept)
 
 
@@ -216,6 +225,10 @@ def count_branches(conditions: Conditions, config: GenerationConfig) -> int:
     has_images, has_words = conditions.image is not None, conditions.joint is not None
     inside = (config.guidance_scale, config.tfg_scale)
     return max(len(branch_weights(has_images, has_words, *s).needed) for s in (inside, outside_interval(*inside)))
+
+
+def _is_stochastic(scheduler: SchedulerMixin) -> bool:
+    return scheduler.config.get("algorithm_type", "").startswith("sde")
 
 
 def _select(condition: Conditioning, rows: Tensor) -> Conditioning:

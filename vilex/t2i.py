@@ -74,6 +74,7 @@ class TextToImage(nn.Module, ABC):
 
     pipeline_class: ClassVar[str]  # in model_index.json
     denoiser_name: ClassVar[str] = "unet"  # its folder
+    schedulers: ClassVar[tuple[str, ...]] = ("dpm++", "ddim", "ddpm", "euler")  # that suit it, the best first
 
     def __init__(
         self,
@@ -104,6 +105,12 @@ class TextToImage(nn.Module, ABC):
     def embedded(self) -> bool:
         """Whether this is our own pixel-space model."""
         return self.vae is None
+
+    def pick_scheduler(self, name: str) -> str:
+        """The scheduler of this name, "auto" being the best. Raises ValueError for one that does not suit the model."""
+        if name != "auto" and name not in self.schedulers:
+            raise ValueError(f"scheduler {name!r} does not suit this model, which takes {', '.join(self.schedulers)}")
+        return self.schedulers[0] if name == "auto" else name
 
     @property
     def device(self) -> torch.device:
