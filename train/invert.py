@@ -43,14 +43,14 @@ def invert(
 
     learning_rate: in standard deviations of the word embeddings. draws: noises per picture and step.
     """
-    t2i = conditioner.t2i
+    t2i, like = conditioner.t2i, next(conditioner.t2i.denoiser.parameters())
     scale = t2i.word_statistics()[1].to(pixels.device)  # (D,)
     values = (start.to(scale) / scale).requires_grad_()  # (B,N,D)
     optimizer = torch.optim.Adam([values], lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     latents = t2i.encode(pixels).detach()
     for _ in range(steps):
-        condition = conditioner.tokens(values * scale).image
+        condition = conditioner.tokens(values * scale).image.to(like.device, like.dtype)
         loss = diffusion_loss(t2i, t2i.denoiser, latents, condition, _noise(t2i, len(pixels), draws, generator))
         optimizer.zero_grad()
         (loss * len(pixels)).backward()  # each picture's own mean
@@ -115,7 +115,7 @@ def draw_ways(
 @click.option("--limit", type=click.IntRange(min=2), default=32, show_default=True)
 @click.option("--tokens", default="1,16", show_default=True, help="Free vectors per picture.")
 @click.option("--snapshots", default="100,500", show_default=True, help="Gradient steps after which to draw.")
-@click.option("--learning-rate", type=float, default=0.1, show_default=True)
+@click.option("--learning-rate", type=float, default=0.3, show_default=True)
 @click.option("--draws", type=click.IntRange(min=1), default=4, show_default=True, help="Noises per picture and step.")
 @click.option("--arms", default="text,dense,1,16,75", show_default=True, help="Of train.evaluate, to compare with.")
 @click.option("--guidance", type=float, default=GenerationConfig().guidance_scale, show_default=True)

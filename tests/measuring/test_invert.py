@@ -19,14 +19,16 @@ def start(pipeline):
     return table[5:7].detach()[:, None].repeat(1, 3, 1)  # (2,3,D)
 
 
-def test_vectors_lower_their_pictures_own_loss(folder, pipeline, start):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_lower_their_pictures_own_loss(folder, pipeline, start, dtype):
+    pipeline.to("cpu", dtype)
     pictures, conditioner = load_pictures(folder, image_size=32), Conditioner(pipeline)
     pixels = pictures.batch(torch.arange(2))
     *_, last = invert.invert(conditioner, pixels, start, 40, 0.3, 4, seed=0)
     noise = invert._noise(pipeline.t2i, 2, 64, torch.Generator().manual_seed(9))
 
     def loss(vectors):
-        condition = conditioner.tokens(vectors).image
+        condition = conditioner.tokens(vectors).image.to("cpu", dtype)
         return diffusion_loss(pipeline.t2i, pipeline.t2i.denoiser, pixels_latents, condition, noise).item()
 
     pixels_latents = pipeline.t2i.encode(pixels)
