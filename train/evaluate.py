@@ -15,16 +15,14 @@ from pathlib import Path
 
 import click
 import matplotlib.pyplot as plt
-from torch import Tensor
 
 from train.arms import DEFAULT_ARMS, WORD_ARMS, draw_arm, parse_arms
 from train.data import load_pictures
 from train.judge import Judge
-from train.report import LoadPipeline, describe, measuring_options, save_report
+from train.report import LoadPipeline, describe, measuring_options, save_report, save_sheet
 from train.run import usage_errors
 from train.sweep import SWEPT, load_best
 from vilex.config import GenerationConfig
-from vilex.images import contact_sheet, from_levels, to_images
 
 log = logging.getLogger(__name__)
 SHEET_PICTURES = 12
@@ -55,12 +53,6 @@ def ratios(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         most["colour_error_16x16"] / most["colour_error_16x16_other_picture"]
     )
     return result
-
-
-def write_sheet(samples: Mapping[str, Tensor], real: Tensor, path: Path) -> None:
-    """A PNG: a row per held-out picture, the input and one sample of each arm."""
-    columns = [to_images(from_levels(levels[:SHEET_PICTURES])) for levels in (real, *samples.values())]
-    contact_sheet(list(zip(*columns, strict=True)), column_labels=["input", *samples]).save(path)
 
 
 def write_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
@@ -138,7 +130,7 @@ def main(
         "seconds": round(time.perf_counter() - began),
     }
     save_report(out / "metrics.json", report)
-    write_sheet(samples, judge.real, out / "samples.png")
+    save_sheet(out / "samples.png", {"input": judge.real} | samples, SHEET_PICTURES)
     if any(map(str.isdigit, metrics)):
         write_figure(metrics, out / "metrics.png")
     log.info("%s", json.dumps(report["ratios"], indent=2))

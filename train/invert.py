@@ -19,12 +19,11 @@ from torch import Tensor
 from train.arms import Conditioner, describe_arm, draw, parse_arms
 from train.data import Pictures, load_pictures
 from train.judge import Judge
-from train.report import LoadPipeline, describe, measuring_options, save_report
+from train.report import LoadPipeline, describe, measuring_options, save_report, save_sheet
 from train.run import usage_errors
 from train.subjects import content_caption
 from train.sweep import parse_numbers
 from vilex.config import GenerationConfig
-from vilex.images import contact_sheet, from_levels, to_images
 from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.pipeline import VilexPipeline
 from vilex.polish import spell
@@ -157,8 +156,7 @@ def main(
     settings = {"learning_rate": learning_rate, "draws": draws, "batch_size": batch_size, "seed": seed}
     settings |= {"guidance_scale": guidance, "num_inference_steps": steps, "pictures": len(pictures)}
     save_report(out / "inversion.json", describe(pipeline, data) | settings | {"ways": rows})
-    columns = [to_images(from_levels(levels[:SHEET_PICTURES])) for levels in (judge.real, *samples.values())]
-    contact_sheet(list(zip(*columns, strict=True)), column_labels=["input", *samples]).save(out / "inversion.png")
+    save_sheet(out / "inversion.png", {"input": judge.real} | samples, SHEET_PICTURES)
     for name, row in rows.items():
         log.info("%s: %.1f s, LPIPS %.3f", name, row["seconds"], row["lpips"])
 

@@ -2,14 +2,16 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from torch import Tensor
 
 from train.data import sha256
 from train.run import start
+from vilex.images import contact_sheet, from_levels, to_images
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import environment
 
@@ -46,6 +48,12 @@ def describe(pipeline: VilexPipeline, tables: Sequence[str]) -> dict[str, Any]:
         "tables": {Path(table).name: sha256(table) for table in tables if Path(table).is_file()},
         "environment": environment(),
     }
+
+
+def save_sheet(path: Path, samples: Mapping[str, Tensor], count: int) -> None:
+    """A PNG with a row for each of the first pictures, a column for each of `samples`, levels (S,3,H,W) uint8."""
+    columns = [to_images(from_levels(levels[:count])) for levels in samples.values()]
+    contact_sheet(list(zip(*columns, strict=True)), column_labels=list(samples)).save(path)
 
 
 def save_report(path: Path, report: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ settings, styles-samples.png.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from sklearn.metrics import recall_score
 from sklearn.pipeline import Pipeline
 from torch import Tensor
 
-from train.arms import Conditioner, draw, draw_arm
+from train.arms import Conditioner, Describe, draw, draw_arm
 from train.data import Pictures, load_pictures
 from train.judge import Judge
 from train.measures import extract_features, fit_probe
-from train.report import LoadPipeline, describe, measuring_options, save_report
+from train.report import LoadPipeline, describe, measuring_options, save_report, save_sheet
 from train.run import usage_errors
 from train.subjects import content_caption, kind_caption
 from train.sweep import parse_numbers
 from vilex.config import GenerationConfig
-from vilex.images import contact_sheet, from_levels, to_images, to_levels
+from vilex.images import to_levels
 from vilex.pipeline import VilexPipeline
 
 log = logging.getLogger(__name__)
@@ -81,35 +82,23 @@ class StyleProbe:
         return extract_features(self.judge.nets[0], levels, device=self.judge.device), labels
 
 
-def draw_mixes(
-    pipeline: VilexPipeline, pictures: Pictures, config: GenerationConfig, batch_size: int
-) -> dict[str, Tensor]:
-    """Levels (S,3,H,W) uint8 by style: each picture with the style's words after it."""
+def describe_mix(pipeline: VilexPipeline, pictures: Pictures, num_tokens: int, style: str) -> Describe:
+    """Pictures with a style's words after them."""
     conditioner = Conditioner(pipeline)
-    return {
-        style: draw(
-            pipeline.t2i,
-            lambda rows, style=style: conditioner.mixes(pictures.batch(rows), config.num_tokens, f", {style}"),
-            len(pictures), config, batch_size, f"tfg {config.tfg_scale:g} {style}",
-        )
-        for style in STYLES
-    }  # fmt: skip
+    return lambda indices: conditioner.mixes(pictures.batch(indices), num_tokens, f", {style}")
 
 
-def draw_words(
-    pipeline: VilexPipeline, pictures: Pictures, config: GenerationConfig, batch_size: int
+def describe_words(pipeline: VilexPipeline, pictures: Pictures, style: str) -> Describe:
+    """What the pictures show, in words, with a style's words after them."""
+    conditioner, contents = Conditioner(pipeline), [content_caption(record) for record in pictures.records]
+    return lambda indices: conditioner.words([f"{contents[i]}, {style}".strip(", ") for i in indices])
+
+
+def draw_styles(
+    pipeline: VilexPipeline, pictures: Pictures, describe: Callable[[str], Describe], config: GenerationConfig
 ) -> dict[str, Tensor]:
-    """Levels (S,3,H,W) uint8 by style: what the pictures show, in words, with the style's words after it."""
-    conditioner = Conditioner(pipeline)
-    contents = [content_caption(record) for record in pictures.records]
-    return {
-        style: draw(
-            pipeline.t2i,
-            lambda rows, style=style: conditioner.words([f"{contents[i]}, {style}".strip(", ") for i in rows]),
-            len(pictures), config, batch_size, f"words {style}",
-        )
-        for style in STYLES
-    }  # fmt: skip
+    """Levels (S,3,H,W) uint8 by style, of all pictures as `describe` gives them that style."""
+    return {style: draw(pipeline.t2i, describe(style), len(pictures), config, label=style) for style in STYLES}
 
 
 def others(pictures: Pictures, samples: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,12 +130,6 @@ def write_figure(rows: Sequence[dict], levels: Mapping[str, float], path: Path) 
     plt.close(figure)
 
 
-def write_sheet(real: Tensor, samples: dict[str, Tensor], path: Path) -> None:
-    """A PNG: a row per picture, the input and each style."""
-    columns = [to_images(from_levels(levels[:SHEET_PICTURES])) for levels in (real, *samples.values())]
-    contact_sheet(list(zip(*columns, strict=True)), column_labels=["input", *samples]).save(path)
-
-
 @click.command()
 @measuring_options
 @click.option("--data", multiple=True, required=True, help="Training pictures, which the probe learns from.")
@@ -157,7 +140,6 @@ def write_sheet(real: Tensor, samples: dict[str, Tensor], path: Path) -> None:
 @click.option("--tfg", default="0,1,2,3,6", show_default=True, help="Values of tfg_scale.")
 @click.option("--guidance", type=float, default=GenerationConfig().guidance_scale, show_default=True)
 @click.option("--steps", type=int, default=10, show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def main(
     load: LoadPipeline,
     data: tuple[str, ...],
@@ -168,7 +150,6 @@ def main(
     tfg: str,
     guidance: float,
     steps: int,
-    batch_size: int,
     out: Path,
 ) -> None:
     """Measure how words beside a picture change its style; write styles.json, styles.png and styles-samples.png."""
@@ -191,21 +172,22 @@ def main(
     random_pair = judge.lpips_to(judge.real, judge.real.roll(1, 0))
     plain = GenerationConfig.from_dict(base)
     most = str(min(pipeline.max_tokens, pipeline.t2i.max_tokens))
-    rebuilt = judge.lpips_to(judge.real, draw_arm(pipeline, pictures, most, plain, batch_size))
+    rebuilt = judge.lpips_to(judge.real, draw_arm(pipeline, pictures, most, plain))
     rows = []
     for config in configs:
-        samples = draw_mixes(pipeline, pictures, config, batch_size)
+        mixed = partial(describe_mix, pipeline, pictures, config.num_tokens)
+        samples = draw_styles(pipeline, pictures, mixed, config)
         row = {"num_tokens": config.num_tokens, "tfg_scale": config.tfg_scale} | measure_mixes(probe, pictures, samples)
         rows.append(row | {"kept": (random_pair - row["lpips"]) / (random_pair - rebuilt)})
         log.info("%s", rows[-1])
-    words = probe.score_drawn(draw_words(pipeline, pictures, plain, batch_size))
+    words = probe.score_drawn(draw_styles(pipeline, pictures, partial(describe_words, pipeline, pictures), plain))
     report = describe(pipeline, (*data, *validation)) | base | {
         "pictures": len(pictures), "real_pictures": real, "words_alone": words, "mixes": rows,
         "lpips_of_two_pictures": random_pair, "lpips_rebuilt": rebuilt,
     }  # fmt: skip
     save_report(out / "styles.json", report)
     write_figure(rows, {"accuracy": real["accuracy"], "lpips": random_pair}, out / "styles.png")
-    write_sheet(judge.real, samples, out / "styles-samples.png")
+    save_sheet(out / "styles-samples.png", {"input": judge.real} | samples, SHEET_PICTURES)
 
 
 if __name__ == "__main__":
