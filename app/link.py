@@ -58,7 +58,9 @@ def share(handlers: Handlers, prompt: str, **values: Any) -> tuple[str, str]:
 
         def write(count: int) -> str:
             cut = [dataclasses.replace(word, vilex_tokens=word.vilex_tokens[:count]) for word in words]
-            return to_link(dataclasses.replace(handlers.recipe(prompt, config, cut, share=True), config=config))
+            recipe = handlers.recipe(prompt, config, cut, share=True)
+            shown = dataclasses.replace(config, scheduler=recipe.config.scheduler)  # all pictures, not the first alone
+            return to_link(dataclasses.replace(recipe, config=shown))
 
         most = max((len(word.vilex_tokens) for word in words), default=1)
         count = bisect(range(1, most + 1), MAX_CHARS, key=lambda count: len(write(count)))

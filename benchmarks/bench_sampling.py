@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilex.config import GenerationConfig
 from vilex.pipeline import VilexPipeline
-from vilex.sampling import Conditions, build_scheduler, draw_noise, sample, sample_steps, seeded
+from vilex.sampling import Conditions, build_generators, build_scheduler, draw_noise, sample, sample_steps
 
 LADDER = (1, 16, 75)
 PREVIEW_EVERY = 4  # steps, as the app shows them
@@ -85,7 +85,7 @@ def draw_with_diffusers(bench: Bench, conditions: Conditions) -> Tensor:
     scheduler.set_timesteps(bench.config.num_inference_steps, device=bench.pipeline.device)
     condition = conditions.uncond.concatenate([conditions.uncond, conditions.image])
     condition = condition.to(bench.pipeline.device, bench.pipeline.dtype)
-    generators = seeded([bench.config.seed])
+    generators = build_generators([bench.config.seed])
     latents = draw_noise(generators, t2i.latent_shape).to(bench.pipeline.device)
     for t in scheduler.timesteps:
         batch = scheduler.scale_model_input(torch.cat([latents] * 2), t).to(bench.pipeline.dtype)

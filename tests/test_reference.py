@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from vilex.config import GenerationConfig
 from vilex.diffusion import TextToImage
 from vilex.prompt import compose
-from vilex.sampling import Conditions, draw_noise, sample, seeded
+from vilex.sampling import Conditions, build_generators, draw_noise, sample
 
 TEXT = "a red dog on the beach , monet style"
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
@@ -53,7 +53,7 @@ def test_samples_equal_stable_diffusions_own(stable_diffusion, stock, name, step
     stock.scheduler = SCHEDULERS[name].from_config(
         stable_diffusion.scheduler.config, timestep_spacing="trailing", clip_sample=False
     )
-    noise = draw_noise(seeded([5, 6]), stable_diffusion.latent_shape)
+    noise = draw_noise(build_generators([5, 6]), stable_diffusion.latent_shape)
     expected = stock(
         TEXT, num_images_per_prompt=2, latents=noise, num_inference_steps=steps, guidance_scale=guidance_scale,
         negative_prompt="blue cat", output_type="latent",

@@ -12,7 +12,15 @@ from torch import Tensor
 from vilex.config import GenerationConfig
 from vilex.diffusion import Conditioning, TextToImage, build_noise_scheduler
 from vilex.prompt import compose
-from vilex.sampling import Conditions, build_scheduler, count_branches, draw_noise, sample, sample_steps, seeded
+from vilex.sampling import (
+    Conditions,
+    build_generators,
+    build_scheduler,
+    count_branches,
+    draw_noise,
+    sample,
+    sample_steps,
+)
 
 
 def encode(t2i: TextToImage, text: str, *vectors: Tensor) -> Conditioning:
@@ -209,9 +217,9 @@ def test_given_seeds_and_a_condition_per_picture(t2i, conditions):
 
 
 def test_noise_of_a_seed_is_the_same_in_every_batch():
-    noise = draw_noise(seeded([4, 2**32 - 1]), (2, 3, 5))
+    noise = draw_noise(build_generators([4, 2**32 - 1]), (2, 3, 5))
     assert noise.shape == (2, 2, 3, 5)
-    assert torch.equal(noise[1:], draw_noise(seeded([2**32 - 1]), (2, 3, 5)))
+    assert torch.equal(noise[1:], draw_noise(build_generators([2**32 - 1]), (2, 3, 5)))
     assert not torch.equal(noise[0], noise[1])
 
 

@@ -2,24 +2,23 @@
 
     python -m train.evaluate --model nano --data pictures64-val-00-of-01.parquet --out assets/weights/nano
 
-Writes metrics.json and metrics.png. One sample per picture and arm, never enlarged. With `--sweep`, each arm is drawn
-at its own best guidance as train.sweep found it.
+Writes metrics.json, metrics.png and samples.png. One sample per picture and arm, never enlarged. With `--sweep`, each
+arm is drawn at its own best guidance as train.sweep found it.
 """
 
 import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import click
 import matplotlib.pyplot as plt
 
-from train.arms import DEFAULT_ARMS, WORD_ARMS, draw_arm, parse_arms
+from train.arms import DEFAULT_ARMS, WORDS_GUIDANCE, arm_configs, draw_arm, parse_arms, require_arms
 from train.data import load_pictures
 from train.judge import Judge
-from train.report import LoadPipeline, describe, measuring_options, save_report, save_sheet
+from train.report import LoadPipeline, measuring_options, provenance, save_report, save_sheet
 from train.run import usage_errors
 from train.sweep import SWEPT, load_best
 from vilex.config import GenerationConfig
@@ -28,18 +27,12 @@ log = logging.getLogger(__name__)
 SHEET_PICTURES = 12
 
 
-def arm_configs(
-    names: Sequence[str], steps: int, guidance: float, text_guidance: float, sweep: Path | None
-) -> dict[str, GenerationConfig]:
-    """How each arm is drawn; raises ValueError for an arm that the sweep lacks."""
-    if sweep is not None:
-        best = load_best(sweep)
-        if missing := [name for name in names if name not in best]:
-            raise ValueError(f"{sweep} has no best settings for {', '.join(missing)}, it has {', '.join(best)}")
-        return {name: best[name] for name in names}
-    config = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
-    words = replace(config, guidance_scale=text_guidance)
-    return {name: words if name in WORD_ARMS else config for name in names}
+def best_configs(names: Sequence[str], sweep: Path, fingerprint: str) -> dict[str, GenerationConfig]:
+    """How each arm is drawn at its best; raises ValueError for an arm that the sweep lacks."""
+    best = load_best(sweep, fingerprint)
+    if missing := [name for name in names if name not in best]:
+        raise ValueError(f"{sweep} has no best settings for {', '.join(missing)}, it has {', '.join(best)}")
+    return {name: best[name] for name in names}
 
 
 def ratios(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -55,7 +48,7 @@ def ratios(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return result
 
 
-def write_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
+def save_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Fréchet distance, LPIPS and colour error against the number of tokens, with text -> image as a line."""
     panels = {"fd_vgg": "Fréchet distance (VGG16)", "lpips": "LPIPS (AlexNet)", "colour_error_16x16": "colour error"}
     budgets = sorted(int(name) for name in metrics if name.isdigit())
@@ -78,13 +71,13 @@ def write_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None
 @click.option("--gallery", multiple=True, help="Training pictures: for real/real floors and class accuracy.")
 @click.option("--gallery-limit", type=click.IntRange(min=2), default=6000, show_default=True)
 @click.option("--limit", type=click.IntRange(min=2), help="Use only this many held-out pictures.")
-@click.option("--steps", type=int, default=20, show_default=True)
-@click.option("--guidance", type=float, default=GenerationConfig().guidance_scale, show_default=True)
-@click.option("--text-guidance", type=float, default=3.0, show_default=True, help="For the arms of words alone.")
+@click.option("--steps", type=int, help=f"Denoising steps, {GenerationConfig.num_inference_steps} by default.")
+@click.option("--guidance", type=float, help=f"{GenerationConfig.guidance_scale:g} by default.")
+@click.option("--text-guidance", type=float, help=f"For the arms of words alone, {WORDS_GUIDANCE:g} by default.")
 @click.option(
     "--sweep",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A sweep.json: each arm's own best guidance and steps, instead of the three above.",
+    help="A sweep.json: each arm's own best guidance and steps, in place of the three above.",
 )
 @click.option("--arms", default=",".join(DEFAULT_ARMS), show_default=True)
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder of samples, to go on from.")
@@ -95,9 +88,9 @@ def main(
     gallery: tuple[str, ...],
     gallery_limit: int,
     limit: int | None,
-    steps: int,
-    guidance: float,
-    text_guidance: float,
+    steps: int | None,
+    guidance: float | None,
+    text_guidance: float | None,
     sweep: Path | None,
     arms: str,
     keep: Path | None,
@@ -107,32 +100,37 @@ def main(
     """Measure a model on held-out pictures and write metrics.json, metrics.png and samples.png."""
     with usage_errors():
         names = parse_arms(arms)
-        configs = arm_configs(names, steps, guidance, text_guidance, sweep)
+        given = {"num_inference_steps": steps, "guidance_scale": guidance}
+        config = GenerationConfig(**{key: value for key, value in given.items() if value is not None})
+        configs = arm_configs(names, config, WORDS_GUIDANCE if text_guidance is None else text_guidance)
+        if sweep and (steps, guidance, text_guidance) != (None, None, None):
+            raise ValueError("--sweep says at what guidance and steps to draw: leave the other options out")
         pipeline = load()
-        for name in filter(str.isdigit, names):
-            pipeline.within(int(name))
+        configs = best_configs(names, sweep, pipeline.fingerprint) if sweep else configs
+        require_arms(pipeline, names)
         size = pipeline.t2i.image_size
         pictures = load_pictures(list(data), image_size=size, limit=limit)
         training = load_pictures(list(gallery), image_size=size, limit=gallery_limit) if gallery else None
+        judge = Judge(pictures, training, str(pipeline.device))
     began = time.perf_counter()
     samples = {name: draw_arm(pipeline, pictures, name, configs[name], batch_size, keep) for name in names}
-    drawn, judge = time.perf_counter(), Judge(pictures, training, str(pipeline.device))
     metrics = {name: judge.measure(levels) for name, levels in samples.items()}
     report = {
-        **describe(pipeline, (*data, *gallery)),
+        **provenance(pipeline, (*data, *gallery)),
         "pictures": len(pictures),
+        "scheduler": pipeline.t2i.pick_scheduler(GenerationConfig.scheduler),
+        "seed": GenerationConfig.seed,
         "settings": {name: {key: getattr(config, key) for key in SWEPT} for name, config in configs.items()},
         "measures": [net.label("FD") for net in judge.nets] + ["LPIPS v0.1, AlexNet"],
         "real_floor": judge.real_floor(),
         "arms": metrics,
         "ratios": ratios(metrics) if "text" in metrics and any(map(str.isdigit, metrics)) else {},
-        "seconds_drawing": round(drawn - began),
         "seconds": round(time.perf_counter() - began),
     }
     save_report(out / "metrics.json", report)
     save_sheet(out / "samples.png", {"input": judge.real} | samples, SHEET_PICTURES)
     if any(map(str.isdigit, metrics)):
-        write_figure(metrics, out / "metrics.png")
+        save_figure(metrics, out / "metrics.png")
     log.info("%s", json.dumps(report["ratios"], indent=2))
 
 

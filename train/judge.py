@@ -48,7 +48,9 @@ class Judge:
     """The measuring nets and what they see in the real pictures."""
 
     def __init__(self, pictures: Pictures, gallery: Pictures | None, device: str, quick: bool = False) -> None:
-        """quick: VGG16 and LPIPS alone."""
+        """quick: VGG16 and LPIPS alone. Raises ValueError for one picture, FileNotFoundError where a net is missing."""
+        if len(pictures) < 2:
+            raise ValueError("distances need at least 2 pictures, got 1")
         self.device = device
         self.nets: list[Extractor] = [load_vgg()] if quick else [load_vgg(), load_efficientnet()]
         self.lpips = load_lpips("alex").to(device)
@@ -62,7 +64,7 @@ class Judge:
         return {net.key: extract_features(net, pixels, device=self.device) for net in self.nets}
 
     def measure(self, samples: Tensor) -> dict[str, float]:
-        """All measures of uint8 samples (S,3,H,W), sample i belonging to held-out picture i."""
+        """All measures of uint8 samples (S,3,H,W), sample i belonging to picture i."""
         result = {}
         for net in self.nets:
             features = extract_features(net, samples, device=self.device)
@@ -70,7 +72,7 @@ class Judge:
         return result | self.closeness(samples)
 
     def closeness(self, samples: Tensor) -> dict[str, float]:
-        """LPIPS and colour errors of uint8 samples (S,3,H,W), sample i belonging to held-out picture i."""
+        """LPIPS and colour errors of uint8 samples (S,3,H,W), sample i belonging to picture i."""
         result = {"lpips": self.lpips_to(self.real, samples)}
         generated, real = from_levels(samples), from_levels(self.real)
         for cells in COLOUR_GRIDS:

@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 from PIL import Image
 
+from train.arms import WORDS_GUIDANCE, require_arms
 from train.prompts import PROMPTS
-from train.report import LoadPipeline, measuring_options
+from train.report import LoadPipeline, Numbers, measuring_options
 from train.run import usage_errors
-from train.sweep import parse_numbers
 from vilex.config import GenerationConfig, token_budgets
 from vilex.images import contact_sheet, find_images, fit_image, load_image
 from vilex.pipeline import VilexPipeline
@@ -31,7 +31,6 @@ TEXTS = (
     "<image> at night",
 )
 SEEDS = 3
-WORDS_GUIDANCE = 3.0  # of prompts without a picture
 
 
 def draw_looks(pipeline: VilexPipeline, images: Sequence[Image.Image], config: GenerationConfig) -> Image.Image:
@@ -76,19 +75,20 @@ def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
 @click.option("--pictures", type=click.Path(exists=True, path_type=Path), default=EXAMPLES, help="A folder.")
 @click.option("--mixed", default="sailboat,cat,fruit,coffee", show_default=True, help="Pictures to mix with words.")
 @click.option("--mix-tokens", type=int, default=16, show_default=True, help="Tokens of a picture beside words.")
-@click.option("--tfg", default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
-def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: str, out: Path) -> None:
+@click.option("--tfg", type=Numbers(0, 20), default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
+def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: list[float], out: Path) -> None:
     """Draw looks.png, mixes.png and prompts.png."""
     with usage_errors():
-        scales, config = parse_numbers(tfg), GenerationConfig(num_tokens=mix_tokens)
+        config = GenerationConfig(num_tokens=mix_tokens)
         images = {path.stem: load_image(path) for path in find_images([pictures])}
         chosen = [name.strip() for name in mixed.split(",")]
         if missing := [name for name in chosen if name not in images]:
             raise ValueError(f"{pictures} has no picture {', '.join(missing)}, it has {', '.join(images)}")
         pipeline = load()
+        require_arms(pipeline, [str(mix_tokens)])
     out.mkdir(parents=True, exist_ok=True)
     draw_looks(pipeline, list(images.values()), GenerationConfig()).save(out / "looks.png")
-    draw_mixes(pipeline, [images[name] for name in chosen], scales, config).save(out / "mixes.png")
+    draw_mixes(pipeline, [images[name] for name in chosen], tfg, config).save(out / "mixes.png")
     draw_prompts(pipeline, GenerationConfig(guidance_scale=WORDS_GUIDANCE)).save(out / "prompts.png")
 
 

@@ -11,9 +11,34 @@ from torch import Tensor
 
 from train.data import sha256
 from train.run import start
+from vilex.config import Range, check_range
 from vilex.images import contact_sheet, from_levels, to_images
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import environment
+
+
+class Numbers(click.ParamType):
+    """Numbers between commas, each within a range."""
+
+    name = "numbers"
+
+    def __init__(self, minimum: float, maximum: float, whole: bool = False) -> None:
+        self.range, self.whole = Range(minimum, maximum), whole
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float] | list[int]:
+        """The numbers; click names the option when there is something else."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = [int(part) if self.whole else float(part) for part in value.split(",")]
+            for number in numbers:
+                check_range("a number", number, self.range)
+        except ValueError:
+            kind = "whole numbers" if self.whole else "numbers"
+            bounds = f"{self.range.minimum:g} and {self.range.maximum:g}"
+            self.fail(f"expects {kind} between {bounds} with commas between them, got {value!r}", param, ctx)
+        return numbers
+
 
 LoadPipeline = Callable[[], VilexPipeline]
 
@@ -21,7 +46,7 @@ _OPTIONS = (
     click.option("--model", help="Weights: a folder, a name in assets/weights or a hub id."),
     click.option("--device", help="cpu, cuda, ..."),
     click.option("--dtype", help="float32, bfloat16, float16."),
-    click.option("--threads", type=int, help="CPU threads of torch."),
+    click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch."),
     click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to."),
 )
 
@@ -39,11 +64,12 @@ def measuring_options(command: Callable) -> Callable:
     return run
 
 
-def describe(pipeline: VilexPipeline, tables: Sequence[str]) -> dict[str, Any]:
+def provenance(pipeline: VilexPipeline, tables: Sequence[str]) -> dict[str, Any]:
     """The model, the tables it was measured on and the versions of what measured it."""
     return {
         "model": pipeline.name,
         "fingerprint": pipeline.fingerprint,
+        "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "tables": {Path(table).name: sha256(table) for table in tables if Path(table).is_file()},
         "environment": environment(),
@@ -52,6 +78,7 @@ def describe(pipeline: VilexPipeline, tables: Sequence[str]) -> dict[str, Any]:
 
 def save_sheet(path: Path, samples: Mapping[str, Tensor], count: int) -> None:
     """A PNG with a row for each of the first pictures, a column for each of `samples`, levels (S,3,H,W) uint8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = [to_images(from_levels(levels[:count])) for levels in samples.values()]
     contact_sheet(list(zip(*columns, strict=True)), column_labels=list(samples)).save(path)
 

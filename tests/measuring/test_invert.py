@@ -7,10 +7,11 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from train import invert
 from train.arms import Conditioner
 from train.data import load_pictures
-from vilex.loss import diffusion_loss
+from train.invert import InversionConfig, invert, main
+from vilex.diffusion import Conditioning
+from vilex.loss import diffusion_loss, draw_noise
 
 
 @pytest.fixture
@@ -19,42 +20,52 @@ def start(pipeline):
     return table[5:7].detach()[:, None].repeat(1, 3, 1)  # (2,3,D)
 
 
+CONFIG = InversionConfig(learning_rate=0.3, draws=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vectors_lower_their_pictures_own_loss(folder, pipeline, start, dtype):
     pipeline.to("cpu", dtype)
-    pictures, conditioner = load_pictures(folder, image_size=32), Conditioner(pipeline)
-    pixels = pictures.batch(torch.arange(2))
-    *_, last = invert.invert(conditioner, pixels, start, 40, 0.3, 4, seed=0)
-    noise = invert._noise(pipeline.t2i, 2, 64, torch.Generator().manual_seed(9))
+    t2i, conditioner = pipeline.t2i, Conditioner(pipeline)
+    pixels = load_pictures(folder, image_size=32).batch(torch.arange(2))
+    *_, last = invert(conditioner, pixels, start, 40, CONFIG)
+    noise, latents = draw_noise(t2i, 64, torch.Generator().manual_seed(9), 5.0), t2i.encode(pixels)
 
-    def loss(vectors):
-        condition = conditioner.tokens(vectors).image.to("cpu", dtype)
-        return diffusion_loss(pipeline.t2i, pipeline.t2i.denoiser, pixels_latents, condition, noise).item()
+    def losses(vectors):
+        conditions = conditioner.read(vectors).to("cpu", dtype)
+        return [
+            diffusion_loss(t2i, t2i.denoiser, latents[i : i + 1], select(conditions, i), noise).item() for i in (0, 1)
+        ]
 
-    pixels_latents = pipeline.t2i.encode(pixels)
     assert last.shape == start.shape
-    assert loss(last) < loss(start)
-    assert all(not parameter.grad_fn for parameter in pipeline.t2i.denoiser.parameters())
+    assert all(after < before for after, before in zip(losses(last), losses(start), strict=True))
+    assert all(parameter.grad is None for parameter in t2i.parameters())
 
 
-def test_one_pictures_gradient_does_not_reach_another(folder, pipeline, start):
-    """With the noise held, a batch gives each picture the vectors that it gets alone."""
-    pictures, conditioner = load_pictures(folder, image_size=32), Conditioner(pipeline)
-    noise = invert.draw_noise(pipeline.t2i, 2, torch.Generator().manual_seed(0))
-    pixels = pictures.batch(torch.arange(2))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(invert, "_noise", lambda *args: noise)
-        *_, both = invert.invert(conditioner, pixels, start, 3, 0.3, 1, seed=0)
-        patch.setattr(invert, "_noise", lambda *args: noise.rows(slice(1, 2)))
-        *_, alone = invert.invert(conditioner, pixels[1:], start[1:], 3, 0.3, 1, seed=0)
+def select(condition, row):
+    return Conditioning(*(None if x is None else x[row : row + 1] for x in vars(condition).values()))
+
+
+def test_a_pictures_vectors_do_not_depend_on_its_batch(folder, pipeline, start):
+    pixels = load_pictures(folder, image_size=32).batch(torch.arange(2))
+    *_, both = invert(Conditioner(pipeline), pixels, start, 3, CONFIG)
+    *_, alone = invert(Conditioner(pipeline), pixels[1:], start[1:], 3, CONFIG, first=1)
     torch.testing.assert_close(both[1:], alone, atol=1e-4, rtol=1e-3)
-    assert (both - start).abs().min(2).values.max() > 0
+    assert (both - start).abs().amax(2).min() > 0  # every vector has moved
+
+
+def test_a_loss_that_is_not_finite_is_reported(folder, pipeline, start, monkeypatch):
+    pixels = load_pictures(folder, image_size=32).batch(torch.arange(2))
+    with torch.no_grad():
+        pipeline.t2i.denoiser.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite at step 1"):
+        next(invert(Conditioner(pipeline), pixels, start, 3, CONFIG))
 
 
 def test_every_way_is_in_the_report(folder, stand_ins):
     arguments = ["--data", str(folder), "--out", str(folder / "out"), "--steps", "1", "--draws", "1", "--limit", "3"]
     more = ["--tokens", "1,2", "--snapshots", "1,2", "--arms", "text,1", "--batch-size", "2"]
-    result = CliRunner().invoke(invert.main, arguments + more)
+    result = CliRunner().invoke(main, arguments + more)
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "out" / "inversion.json").read_text())
     free = [f"{n} free, {steps} steps" for n in (1, 2) for steps in (1, 2)]
@@ -67,7 +78,16 @@ def test_every_way_is_in_the_report(folder, stand_ins):
         assert sheet.width > 7 * 32
 
 
-@pytest.mark.parametrize(("option", "value"), [("--tokens", "x"), ("--arms", "foo"), ("--snapshots", "")])
-def test_bad_lists_are_refused_before_anything_is_loaded(folder, option, value):
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [("--tokens", "x", "whole numbers between 1 and 511"), ("--tokens", "0", "whole numbers between 1 and 511"),
+     ("--snapshots", "", "whole numbers between 1 and 10000"), ("--snapshots", "1.5", "whole numbers between 1"),
+     ("--arms", "foo", "an arm is text, dense or a number"), ("--draws", "0", "draws must be between 1 and 64, got 0"),
+     ("--learning-rate", "-1", "learning_rate must be between 0.0001 and 100, got -1"),
+     ("--seed", "4294967296", "seed must be between 0 and")],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_anything_is_loaded(folder, option, value, message):
     arguments = ["--data", str(folder), "--out", str(folder / "out"), option, value]
-    assert CliRunner().invoke(invert.main, arguments).exit_code == 2
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

@@ -73,14 +73,17 @@ def test_the_probe_knows_real_styles_and_rates_mixes(tables, tmp_path, stand_ins
 def test_perfect_mixes_are_recognised_and_a_picture_of_the_style_does_not_count(tables, stand_ins):
     pictures = load_pictures(tables[1], image_size=32)
     probe = style_probe.StyleProbe(Judge(pictures, None, "cpu", quick=True), load_pictures(tables[0], image_size=32), 6)
+    rows = style_probe.has_other_style(pictures)
+    assert {int(mask.sum()) for mask in rows.values()} == {len(pictures) - 2}
     painted = {
         style: torch.tensor(COLOURS[i], dtype=torch.uint8)[None, :, None, None].expand(len(pictures), 3, 32, 32)
         for i, style in enumerate(style_probe.STYLES)
     }
-    assert style_probe.measure_mixes(probe, pictures, painted)["accuracy"] == 1
+    assert style_probe.measure_styles(probe, rows, painted)["accuracy"] == 1
     swapped = painted | {"photo": painted["cartoon"]}
-    assert style_probe.measure_mixes(probe, pictures, swapped)["photo"] == 0
-    assert {len(levels) for levels in style_probe.others(pictures, painted).values()} == {len(pictures) - 2}
+    assert style_probe.measure_styles(probe, rows, swapped)["photo"] == 0
+    same = {style: probe.judge.real for style in style_probe.STYLES}
+    assert style_probe.measure_styles(probe, rows, same)["lpips"] == 0
 
 
 def test_a_mix_is_what_the_app_draws(pipeline, picture):
@@ -92,6 +95,21 @@ def test_a_mix_is_what_the_app_draws(pipeline, picture):
     conditions = Conditioner(pipeline).mixes(pixels, 4, ", red sketch")
     drawn = to_images(pipeline.t2i.decode(sample(pipeline.t2i, conditions, config)))[0]
     assert np.abs(np.asarray(drawn, int) - np.asarray(expected, int)).max() <= 2
+
+
+def test_words_have_precedence_over_the_tail_of_the_tokens(pipeline, picture):
+    """A context of 24 has 22 places: for 22 tokens and three words only 19 tokens stay."""
+    pixels = pipeline._pixels([picture], "crop")
+    conditioner = Conditioner(pipeline)
+    full, cut = (conditioner.mixes(pixels, n, ", red sketch") for n in (22, 19))
+    assert torch.equal(full.joint.prompt_embeds, cut.joint.prompt_embeds)
+    assert full.joint.mask.all()
+
+
+def test_pictures_that_are_all_of_one_style_are_refused(tmp_path):
+    pictures = load_pictures(write_styles(tmp_path / "one.parquet", 3, 0, ("cartoon",)), image_size=32)
+    with pytest.raises(ValueError, match="all pictures to mix are of the style cartoon"):
+        style_probe.has_other_style(pictures)
 
 
 def test_a_style_without_pictures_is_named(tables, tmp_path, stand_ins):
