@@ -13,6 +13,7 @@ from app.polish import build_polish
 from app.presets import build_presets, wire_presets
 from app.studio import Card
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
+from vilex.diffusion import EmbeddedModel
 
 ON_SPACES = os.environ.get("SYSTEM") == "spaces"  # there the server fetches nothing from addresses that users name
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
@@ -199,4 +200,6 @@ def slider(
 
 
 def _schedulers(handlers: Handlers) -> list[str]:
-    return list(SCHEDULERS) if handlers.pipeline is None else ["auto", *handlers.pipeline.t2i.schedulers]
+    # by the model's kind alone: it may not be loaded yet
+    is_embedded = handlers.pipeline is None or handlers.pipeline.is_embedded
+    return ["auto", *EmbeddedModel.schedulers] if is_embedded else list(SCHEDULERS)

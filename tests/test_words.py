@@ -170,7 +170,7 @@ def test_likeness_is_100_for_equal_pictures_and_low_for_others(examples):
         assert likeness(image, image) == 100
         for other, second in examples.items():
             if name < other:
-                assert 0 <= likeness(image, second) < 30
+                assert 0 <= likeness(image, second) < 50  # two of them are nights
                 assert likeness(image, second) == pytest.approx(likeness(second, image))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vilex import flux as flux_module
 from vilex.config import GenerationConfig
 from vilex.diffusion import load_t2i
-from vilex.sampling import Conditions, sample
+from vilex.sampling import Conditions, build_generators, sample
 from vilex.sampling import draw_noise as draw_latents
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_words_to_an_sdxl_that_says_so(tmp_path):
 
 def stock_samples(case: Case, negative: str | None, steps: int) -> Tensor:
     """Latents of seeds 5 and 6 that diffusers' own pipeline draws of TEXT at guidance 3."""
-    latents = draw_latents([5, 6], case.t2i.latent_shape)
+    latents = draw_latents(build_generators([5, 6]), case.t2i.latent_shape)
     shared = {"num_images_per_prompt": 2, "num_inference_steps": steps, "output_type": "latent"}
     if case.kind not in FLOWS and case.kind != "flux-schnell":
         scheduler = EulerDiscreteScheduler.from_config(case.stock.scheduler.config, timestep_spacing="trailing")
