@@ -1,9 +1,10 @@
 """Draws training pictures at several guidances and steps, and says at which each arm is nearest to real pictures.
 
     python -m train.sweep --model nano --data pictures64-train-05-of-06.parquet --limit 1000 \
-        --guidance 1,1.5,2,3,5 --steps 10 --out runs/sweep
+        --guidance 1,1.5,2,3,5 --steps 20 --out runs/sweep
 
-Writes sweep.json, which `train.evaluate --sweep` reads, and sweep.png. Held-out pictures are never used to choose.
+Writes sweep.json, which `train.evaluate --sweep` reads, and sweep.png. Give it training pictures: what is chosen on
+held-out ones is not measured on them.
 """
 
 import json
