@@ -104,6 +104,11 @@ def test_limit_and_sources_choose_pictures(table):
     assert [record.source for record in icons.records] == ["icons", "icons"]
 
 
+def test_processes_read_what_threads_read(table):
+    alone, together = (load_pictures([table, table], image_size=4, workers=workers) for workers in (1, 2))
+    assert together.fingerprint() == alone.fingerprint()
+
+
 def test_table_without_known_columns_takes_file_name_and_text(tmp_path):
     write_table(tmp_path / "own.parquet", [{"image": encode(halves()), "text": "my wall"}])
     assert load_pictures(tmp_path / "*.parquet", image_size=4).records == [Record("own.parquet:0", "own", ("my wall",))]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import build_bert, build_tokenizer
 
 from vilex import minilm
 from vilex.minilm import load_text_encoder, locate_minilm
@@ -94,3 +95,11 @@ def test_the_real_encoder_is_frozen_and_knows_words():
         pooled = (encoder(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
     near, far = torch.cosine_similarity(pooled[:1], pooled[1:])
     assert near > far + 0.3
+
+
+def test_a_folder_in_half_precision_is_read_as_float32(tmp_path):
+    tokenizer = build_tokenizer("bert")
+    tokenizer.save_pretrained(tmp_path)
+    build_bert(len(tokenizer)).half().save_pretrained(tmp_path)
+    _, encoder = load_text_encoder(str(tmp_path))
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}

@@ -117,6 +117,7 @@ def main(
     t2i_folder: Path,
     rows: str,
     threads: int | None,
+    minutes: float | None,
     accumulate: int,
     compiled: bool,
     fp32: bool,
@@ -140,7 +141,9 @@ def main(
         with usage_errors():
             tower = read_encoder_init(None, None, None, config.seed, recipe.encoder_init)
             model = build_model(recipe, t2i, seed=config.seed, pretrained=tower.pretrained)
-            options = RunOptions(row.folder(out), accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
+            options = RunOptions(
+                row.folder(out), accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes
+            )
             run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil)
             run.resume()
         run.run()

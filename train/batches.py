@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,8 @@ from train.data import Pictures, background_colours, batch_indices
 from train.presets import TrainConfig
 from train.state import step_generator
 from vilex.prompt import ComposedPrompt
+
+_CHUNK = 16_384  # texts tokenised together: the tokenizer's lists take many times the room of the table
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,14 @@ class CaptionTable:
 def tabulate(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, context_length: int) -> CaptionTable:
     """Tokenises K texts for each of S pictures; what is longer than the context is cut."""
     flat = [text for variants in texts for text in variants]
-    tokens = tokenizer(flat, padding="max_length", truncation=True, max_length=context_length, return_tensors="pt")
-    ids = tokens.input_ids.view(len(texts), -1, context_length)  # (S,K,L)
-    return CaptionTable(ids.int(), tokens.attention_mask.view_as(ids).sum(2).int())
+    options = {"padding": "max_length", "truncation": True, "max_length": context_length, "return_tensors": "np"}
+    ids, lengths = [], []
+    for first in range(0, len(flat), _CHUNK):
+        tokens = tokenizer(flat[first : first + _CHUNK], return_token_type_ids=False, **options)
+        ids.append(torch.from_numpy(tokens.input_ids.astype(np.int32)))
+        lengths.append(torch.from_numpy(tokens.attention_mask.sum(1, dtype=np.int32)))
+    ids, lengths = torch.cat(ids), torch.cat(lengths)
+    return CaptionTable(ids.view(len(texts), -1, context_length), lengths.view(len(texts), -1))
 
 
 @dataclass(frozen=True)

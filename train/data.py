@@ -9,10 +9,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -84,12 +85,14 @@ def load_pictures(
     image_size: int,
     limit: int | None = None,
     sources: Mapping[str, float] | None = None,
+    workers: int = 1,
 ) -> Pictures:
     """The first `limit` pictures of `source`, cropped to the centre square and resized to `image_size` pixels.
 
     `source` is one or a list of: Parquet tables, .tar shards (WebDataset), folders of pictures, folders of
     tables or shards, globs, or `hub:<name>`. With `sources`, only pictures of sources with a share above 0
-    are loaded. Pictures that cannot be read are named in the log and left out.
+    are loaded. Pictures that cannot be read are named in the log and left out. More than one of `workers` are
+    processes: threads that decode pictures this small wait for each other.
 
     Raises: ValueError when nothing is found or nothing of it can be read.
     """
@@ -97,14 +100,14 @@ def load_pictures(
     if sources is not None:
         entries = (entry for entry in entries if entry.record.source in wanted)
     of_sources = f" of {', '.join(wanted)}" if wanted else ""
-    return _collect(islice(entries, limit), image_size, f"{of_sources} found in {source!r}")
+    return _collect(islice(entries, limit), image_size, f"{of_sources} found in {source!r}", workers)
 
 
-def _collect(entries: Iterator[Entry], image_size: int, where: str) -> Pictures:
+def _collect(entries: Iterator[Entry], image_size: int, where: str, workers: int) -> Pictures:
     records, levels, broken = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with _executor(workers) as executor:
         while chunk := list(islice(entries, _CHUNK)):
-            decoded = threads.map(partial(decode_entry, image_size=image_size), chunk)
+            decoded = executor.map(partial(decode_entry, image_size=image_size), chunk, chunksize=32)
             for entry, found in zip(chunk, decoded, strict=True):
                 if isinstance(found, ValueError):
                     log.warning("left out: %s", found)
@@ -115,6 +118,12 @@ def _collect(entries: Iterator[Entry], image_size: int, where: str) -> Pictures:
     if not records:
         raise ValueError(f"no pictures{where}" + (f": {broken[0]}" if broken else ""))
     return stack_pictures(records, levels)
+
+
+def _executor(workers: int) -> Executor:
+    if workers <= 1:
+        return ThreadPoolExecutor(os.cpu_count())
+    return ProcessPoolExecutor(workers, get_context("spawn"))  # not forked: the caller may hold threads
 
 
 def stack_pictures(records: list[Record], levels: Sequence[np.ndarray]) -> Pictures:

@@ -43,6 +43,7 @@ class RunOptions:
     dry_run: bool = False
     checkpoint_gradients: bool = False
     stream: int | None = None  # workers that read shards while training
+    minutes: float | None = None  # of the loop, in place of max_steps
 
 
 _OPTIONS = (
@@ -66,6 +67,11 @@ _OPTIONS = (
     click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the run."),
     click.option("--text-encoder", help="Folder of MiniLM, instead of the usual places."),
     click.option("--max-steps", type=int, help="Instead of the preset's."),
+    click.option(
+        "--minutes",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Instead of --max-steps: as many steps as fit. Loading comes before, saving after.",
+    ),
     click.option("--batch-size", type=int, help="Instead of the preset's."),
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
@@ -93,6 +99,7 @@ def start(threads: int | None) -> None:
     """Logging and threads of a trainer's process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    torch.backends.cudnn.benchmark = True  # a run's shapes stay the same
     if threads:
         torch.set_num_threads(threads)
 
@@ -126,12 +133,13 @@ def load_data(
     validation: Sequence[str] = (),
     limit: int | None = None,
     stream: int | None = None,
+    workers: int = 1,
 ) -> tuple[Pictures | Shards, Pictures | None]:
     """Training pictures, in shards with `stream`, and the held-out ones if any."""
     held_out = load_pictures(list(validation), image_size=image_size, limit=MAX_HELD_OUT) if validation else None
     if stream is not None:
         return load_shards(data, image_size, limit), held_out
-    return load_pictures(list(data), image_size=image_size, limit=limit), held_out
+    return load_pictures(list(data), image_size=image_size, limit=limit, workers=workers), held_out
 
 
 def source_weights(records: Sequence[Record], shares: Mapping[str, float]) -> Tensor | None:
@@ -227,11 +235,11 @@ class TrainingRun(ABC):
 
     @property
     def trim(self) -> bool:
-        """Whether prompts are cut to the longest of the batch: fixed shapes are faster on a GPU only.
+        """Whether prompts are cut to the longest of the batch: fixed shapes are faster on a GPU and when compiled.
 
         Latent models read their padding, so there it stays.
         """
-        return self.device.type == "cpu" and self.t2i.embedded
+        return self.device.type == "cpu" and self.t2i.embedded and not self.options.compiled
 
     @property
     def micro_size(self) -> int:
@@ -297,7 +305,7 @@ class TrainingRun(ABC):
         self.report()
         if self.options.dry_run:
             return
-        train(self.state, self.model, self.loss, self._sample, self.flops_per_picture)
+        train(self.state, self.model, self.loss, self._sample, self.flops_per_picture, self.options.minutes)
         with self.state.averaged(), self._evaluating():
             if self.accelerator.is_main_process:
                 self.save_weights()

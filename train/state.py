@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -193,32 +193,40 @@ class _Meter:
     def read(self) -> tuple[float, float]:
         """Mean loss over all processes, and pictures per second. Raises FloatingPointError unless it is finite."""
         steps = self.state.global_step - self.since
-        loss = self.state.accelerator.reduce(self.total / steps, "mean").item()
+        loss = self.state.accelerator.reduce(self.total / steps, "mean").item()  # waits for the device
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.state.global_step}; lower the learning rate")
         return loss, steps * self.state.config.batch_size / (time.perf_counter() - self.started)
 
 
 def train(
-    state: TrainState, model: nn.Module, loss: Loss, on_sample: Callable[[], dict[str, float]], flops_per_picture: float
+    state: TrainState,
+    model: nn.Module,
+    loss: Loss,
+    on_sample: Callable[[], dict[str, float]],
+    flops_per_picture: float,
+    minutes: float | None = None,
 ) -> None:
-    """Runs the steps that are left.
+    """Runs the steps that are left, or with `minutes` as many as fit into them.
 
     model: the module as prepared by accelerate (it may be wrapped or compiled); on_sample writes sample
     grids under the EMA weights and returns metrics for the log.
     """
     config, meter = state.config, _Meter(state)
+    ends = None if minutes is None else time.perf_counter() + 60 * minutes
     state.open_log()
     if state.global_step == 0:
         _sample(state, on_sample)
         meter.restart()
     with _progress(state) as bar:
-        while state.global_step < config.max_steps:
+        while state.global_step < state.config.max_steps:
             value, grad_norm = _step(state, model, loss)
             meter.total += value
             bar.update()
             if state.due(config.log_every):
-                _log(state, meter, bar, grad_norm, flops_per_picture)
+                speed = _log(state, meter, bar, grad_norm, flops_per_picture)
+                if ends is not None:
+                    bar.total = _fit_steps(state, ends - time.perf_counter(), speed)
                 meter.restart()
             if state.due(config.sample_every):
                 _sample(state, on_sample)
@@ -252,7 +260,16 @@ def _step(state: TrainState, model: nn.Module, loss: Loss) -> tuple[Tensor, Tens
     return total / accelerator.gradient_accumulation_steps, grad_norm
 
 
-def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_per_picture: float) -> None:
+def _fit_steps(state: TrainState, seconds: float, speed: float) -> int:
+    """Ends the run after as many steps as all processes can take in the seconds left, at pictures per second."""
+    steps = torch.tensor(max(0.0, seconds) * speed / state.config.batch_size, device=state.accelerator.device)
+    left = math.floor(state.accelerator.reduce(steps, "mean").item())
+    state.config = replace(state.config, max_steps=max(1, state.global_step + left))
+    return state.config.max_steps
+
+
+def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_per_picture: float) -> float:
+    """Writes a line of metrics; returns pictures per second."""
     loss, speed = meter.read()
     rate = lr_schedule(state.config, state.global_step - 1) * state.base_rates[0]
     state.log_metrics(
@@ -260,6 +277,7 @@ def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_p
         tflops=speed * flops_per_picture / 1e12,
     )  # fmt: skip
     bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.0f}", refresh=False)
+    return speed
 
 
 def _sample(state: TrainState, on_sample: Callable[[], dict[str, float]]) -> None:

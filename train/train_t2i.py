@@ -203,7 +203,11 @@ class T2IRun(TrainingRun):
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
 @click.option("--align-weight", type=float, help="Of aligning features with EfficientNet-lite2's; 0 = off.")
 @click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that write captions."
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that decode pictures and write captions.",
 )
 def main(
     preset: str,
@@ -216,6 +220,7 @@ def main(
     init_from: Path | None,
     workers: int,
     threads: int | None,
+    minutes: float | None,
     accumulate: int,
     compiled: bool,
     fp32: bool,
@@ -228,9 +233,9 @@ def main(
     with usage_errors():
         recipe = trainable_preset(preset)
         config = override(recipe.t2i, overrides)
-        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit, stream)
+        pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit, stream, workers)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes)
         run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
         run.resume()
     run.run()

@@ -270,6 +270,7 @@ def main(
     distil_steps: int | None,
     spell_steps: int,
     threads: int | None,
+    minutes: float | None,
     accumulate: int,
     compiled: bool,
     fp32: bool,
@@ -287,7 +288,7 @@ def main(
         t2i = load_t2i(t2i_folder, text_encoder)
         pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream)
         model = build_model(recipe, t2i, init_from, config.seed, tower.pretrained)
-        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
+        options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes)
         run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)
         run.resume()
     run.run()

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ _SHA256 = {
 
 
 def load_text_encoder(name: str = MINILM_ID) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and frozen encoder in eval mode; `name` is MiniLM's hub id or any local folder.
+    """Tokenizer and frozen encoder in eval mode, in fp32; `name` is MiniLM's hub id or any local folder.
 
     Raises ValueError when MiniLM can be found nowhere or a file is not the one trained with.
     """
@@ -31,7 +32,7 @@ def load_text_encoder(name: str = MINILM_ID) -> tuple[PreTrainedTokenizerBase, P
     if not folder.is_dir():
         raise ValueError(f"text encoder {name!r} is neither {MINILM_ID} nor a folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer, load_pretrained(AutoModel, folder).eval().requires_grad_(False)
+    return tokenizer, load_pretrained(AutoModel, folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def locate_minilm() -> Path:

@@ -1,5 +1,7 @@
 """Both trainers end to end on twelve pictures: what they write and resume, what moves, and what the loss reaches."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from tiny_runs import Interrupted, build_run, invoke, read_metrics, succeed, take_steps
 from training import assert_same, checkpoint, snapshot, visible
 
-from train import train_vilex
+from train import state, train_vilex
 from train.memory import count_kept
 from train.state import TrainState, step_generator
 from vilex.config import DEFAULT_BUDGETS
@@ -82,6 +84,17 @@ def test_a_finished_run_writes_its_weights_again_and_trains_no_more(files, tmp_p
     succeed("t2i", files, tmp_path)
     assert_same(before, checkpoint(tmp_path))
     load_t2i(tmp_path / "t2i", str(files.text))
+
+
+def test_minutes_say_how_many_steps_are_taken(files, tmp_path, monkeypatch):
+    clock = count(step=0.1)  # seconds, at each look
+    monkeypatch.setattr(state.time, "perf_counter", lambda: next(clock))
+    succeed("t2i", files, tmp_path, "--minutes", "0.2", "--max-steps", "1000")
+    steps = [line for line in read_metrics(tmp_path) if "loss" in line]
+    taken = checkpoint(tmp_path)["global_step"]
+    assert 20 < taken == len(steps) < 120  # a step and what is logged of it look more than once
+    assert steps[-1]["learning_rate"] < 0.2 * steps[0]["learning_rate"]
+    assert (tmp_path / f"samples-{taken:06d}.png").is_file()
 
 
 @pytest.mark.parametrize("kind", ["t2i", "vilex"])
