@@ -177,8 +177,7 @@ PRESETS = {
         ),
         vilex=TrainConfig(
             batch_size=256,
-            noise_draws=2,
-            timestep_shift=5.0,
+            timestep_shift=3.0,
             max_steps=20_000,
             learning_rate=8e-4,
             encoder_learning_rate=3e-4,
