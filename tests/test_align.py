@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from training import assert_same, checkpoint, reset_accelerate, snapshot
 
 from train import train_t2i
-from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
+from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side
+from train.data import background_colours
 from train.presets import PRESETS
 from train.run import RunOptions, load_data, override
 from train.state import TrainState, _step
@@ -118,6 +119,17 @@ def test_several_noises_of_a_picture_share_its_features(files, tmp_path):
     told, features = torch.randn(6, 7, 3), torch.randn(2, 7, 3)
     expected = torch.stack([alignment_loss(told[i : i + 1], features[i % 2 : i % 2 + 1]) for i in range(6)]).mean()
     assert torch.allclose(alignment_loss(told, features), expected)
+
+
+def test_the_table_holds_what_the_teacher_says_of_each_look(files, tmp_path):
+    run = build_run(files, tmp_path, align_weight=1.0)
+    pictures, seed = run.pictures, run.config.seed
+    assert 0 < pictures.cut_out.sum() < len(pictures)
+    table = FeatureTable(run.teacher, pictures, variants=3, seed=seed)
+    for variant in range(3):
+        indices = torch.randperm(len(pictures))
+        pixels = pictures.batch(indices, background_colours(seed, variant, indices))
+        assert torch.allclose(table(indices, torch.full_like(indices, variant)), run.teacher(pixels), atol=0.02)
 
 
 def test_alignment_loss_runs_from_0_for_parallel_to_2_for_opposite_features():

@@ -116,6 +116,7 @@ def main(
     text_encoder: str | None,
     t2i_folder: Path,
     rows: str,
+    workers: int,
     threads: int | None,
     minutes: float | None,
     accumulate: int,
@@ -135,7 +136,7 @@ def main(
         left = [row for row in wanted if finished.get(row.name, {}).get("settings") != row.settings()]
         log.info("rows to train: %s", ", ".join(row.name for row in left) or "none")
         t2i = load_t2i(t2i_folder, text_encoder)
-        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream)
+        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream, workers)
     for row in left:
         recipe, config = row.preset, row.preset.vilex
         with usage_errors():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from train.presets import TrainConfig
 from train.state import step_generator
 from vilex.prompt import ComposedPrompt
 
-_CHUNK = 16_384  # texts tokenised together: the tokenizer's lists take many times the room of the table
+_CHUNK = 16_384  # texts tokenised together: lists take many times the room of the table
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,17 @@ class CaptionTable:
 def tabulate(texts: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, context_length: int) -> CaptionTable:
     """Tokenises K texts for each of S pictures; what is longer than the context is cut."""
     flat = [text for variants in texts for text in variants]
-    options = {"padding": "max_length", "truncation": True, "max_length": context_length, "return_tensors": "np"}
-    ids, lengths = [], []
+    ids = np.full((len(flat), context_length), tokenizer.pad_token_id, np.int32)
+    lengths = np.empty(len(flat), np.int32)
+    options = {"truncation": True, "max_length": context_length}
     for first in range(0, len(flat), _CHUNK):
-        tokens = tokenizer(flat[first : first + _CHUNK], return_token_type_ids=False, **options)
-        ids.append(torch.from_numpy(tokens.input_ids.astype(np.int32)))
-        lengths.append(torch.from_numpy(tokens.attention_mask.sum(1, dtype=np.int32)))
-    ids, lengths = torch.cat(ids), torch.cat(lengths)
-    return CaptionTable(ids.view(len(texts), -1, context_length), lengths.view(len(texts), -1))
+        chunk = slice(first, first + _CHUNK)
+        # padded by numpy: the tokenizer's lists of padding would take most of the time
+        rows = tokenizer(flat[chunk], return_attention_mask=False, return_token_type_ids=False, **options).input_ids
+        lengths[chunk] = [len(row) for row in rows]
+        ids[chunk][np.arange(context_length) < lengths[chunk, None]] = list(chain.from_iterable(rows))
+    shape = (len(texts), -1)
+    return CaptionTable(torch.from_numpy(ids).view(*shape, context_length), torch.from_numpy(lengths).view(shape))
 
 
 @dataclass(frozen=True)

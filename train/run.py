@@ -75,6 +75,13 @@ _OPTIONS = (
     click.option("--batch-size", type=int, help="Instead of the preset's."),
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=1),
+        default=1,
+        show_default=True,
+        help="Processes that decode pictures and write captions.",
+    ),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch."),
     click.option(
         "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches per step."

@@ -6,7 +6,7 @@ Running the same command again resumes the run exactly; `accelerate launch --con
 place of `python -m` trains on several GPUs. `--init-from` starts from shipped weights instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import click
 import torch
 from torch import Tensor
 
-from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
+from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
 from train.captions import write_caption, write_captions
 from train.data import Pictures
@@ -23,6 +23,7 @@ from train.distil import TeacherFeatures, teacher_features
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
+from train.shards import Shards
 from train.state import step_generator
 from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
@@ -154,6 +155,7 @@ class T2IRun(TrainingRun):
         module = t2i.denoiser
         if config.align_weight:
             self.teacher = self._load_teacher()
+            self.targets = self._build_targets()
             module = AlignedDenoiser(t2i.denoiser, len(self.teacher.mean), config.seed)
         module.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(
@@ -165,6 +167,14 @@ class T2IRun(TrainingRun):
         net = load_efficientnet().to(self.device, memory_format=torch.channels_last)
         return teacher_features(net.patch_features, bottleneck_side(self.t2i.denoiser), self.pictures, self.config.seed)
 
+    def _build_targets(self) -> Callable[[Batch], Tensor]:
+        """What the features (B,P,F) of a batch should be: read from a table where pictures come many times."""
+        if self.device.type == "cpu" or isinstance(self.pictures, Shards):
+            return lambda batch: self.teacher(batch.pixels)
+        with self.accelerator.autocast():
+            table = FeatureTable(self.teacher, self.pictures, self.config.caption_variants, self.config.seed)
+        return lambda batch: table(batch.indices, batch.variant)
+
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions, and with align_weight the alignment's."""
         condition = self._condition(batch)
@@ -172,7 +182,7 @@ class T2IRun(TrainingRun):
         loss = diffusion_loss(self.t2i, self.model, latents, condition, noise, self.config.snr_gamma)
         if not self.config.align_weight:
             return loss
-        return loss + self.config.align_weight * alignment_loss(self.module.told, self.teacher(batch.pixels))
+        return loss + self.config.align_weight * alignment_loss(self.module.told, self.targets(batch))
 
     @torch.no_grad()
     def _condition(self, batch: Batch) -> Conditioning:
@@ -202,13 +212,6 @@ class T2IRun(TrainingRun):
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A t2i folder.")
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
 @click.option("--align-weight", type=float, help="Of aligning features with EfficientNet-lite2's; 0 = off.")
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Processes that decode pictures and write captions.",
-)
 def main(
     preset: str,
     data: tuple[str, ...],

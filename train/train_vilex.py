@@ -269,6 +269,7 @@ def main(
     encoder_size: int | None,
     distil_steps: int | None,
     spell_steps: int,
+    workers: int,
     threads: int | None,
     minutes: float | None,
     accumulate: int,
@@ -286,7 +287,7 @@ def main(
         tower = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init, encoder_size)
         recipe = replace(recipe, encoder=tower.tower(recipe.encoder))
         t2i = load_t2i(t2i_folder, text_encoder)
-        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream)
+        pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream, workers)
         model = build_model(recipe, t2i, init_from, config.seed, tower.pretrained)
         options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes)
         run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)

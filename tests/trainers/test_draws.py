@@ -209,9 +209,10 @@ def test_tokens_learn_to_spell_the_layout(files, autocast):
 
 def test_ids_beyond_16_bits_survive_tabulation():
     class Large:  # CLIP's vocabulary has 49,408 entries
+        pad_token_id = 49_407
+
         def __call__(self, texts, **options):
-            ids = np.full((len(texts), options["max_length"]), 49_407)
-            return SimpleNamespace(input_ids=ids, attention_mask=np.ones_like(ids))
+            return SimpleNamespace(input_ids=[[49_407] * options["max_length"]] * len(texts))
 
     ids, mask = tabulate([["a"], ["b"]], Large(), 5).rows(torch.arange(2), torch.zeros(2).long(), trim=False)
     assert ids.tolist() == [[49_407] * 5] * 2
