@@ -34,7 +34,9 @@ from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ("cat.jpg", "coffee.jpg", "rocket.jpg", "sailboat.png", "cactus.png")
+EXAMPLES = (
+    "cat.jpg", "coffee.jpg", "rocket.jpg", "astronaut.jpg", "sailboat.png", "cactus.png", "mountains.png", "fruit.png"
+)  # fmt: skip
 PROMPTS = (
     "<image>, in the style of Claude Monet",
     "<image>, flat emoji",

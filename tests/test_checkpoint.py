@@ -196,11 +196,11 @@ def weights(tmp_path, monkeypatch):
 
 def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda hub_id, **_: f"hub:{hub_id}")
-    (weights / "nano").mkdir(parents=True)
-    assert find_weights() == str(weights / "nano")
-    (weights / "mini").mkdir()
-    monkeypatch.setenv("VILEX_WEIGHTS", "mini")
+    (weights / "mini").mkdir(parents=True)
     assert find_weights() == str(weights / "mini")
+    (weights / "nano").mkdir()
+    monkeypatch.setenv("VILEX_WEIGHTS", "nano")
+    assert find_weights() == str(weights / "nano")
     assert find_weights(str(tmp_path)) == str(tmp_path)
     assert find_weights("someone/else") == "hub:someone/else"
 
@@ -210,8 +210,8 @@ def test_weights_are_found_in_the_documented_order(weights, tmp_path, monkeypatc
     [
         (
             None,
-            "no weights at .*nano: name a folder or a hub id with --model or VILEX_WEIGHTS, .*"
-            "hf download OWNER/NAME --local-dir .*nano$",
+            "no weights at .*mini: name a folder or a hub id with --model or VILEX_WEIGHTS, .*"
+            "hf download OWNER/NAME --local-dir .*mini$",
         ),
         ("nowhere", "no weights at 'nowhere': give a folder"),
         ("./some/folder", "no weights at './some/folder'"),

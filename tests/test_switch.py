@@ -33,6 +33,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mini" / "t2i" / "vilex_t2i.json").write_text("{}")
     for module in ("app.models", "vilex.checkpoint"):
         monkeypatch.setattr(f"{module}.WEIGHTS_FOLDER", tmp_path)
+    monkeypatch.setattr("vilex.checkpoint.DEFAULT_MODEL", "nano")
     monkeypatch.delenv("VILEX_WEIGHTS", raising=False)
     return tmp_path
 

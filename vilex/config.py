@@ -15,7 +15,7 @@ DEFAULT_TOKENS = 75  # the paper's 77 positions less BOS and EOS
 MAX_TOKENS = 511  # of any model: 512 positions of T5 less EOS; each model has its own limit
 DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
 MAX_PROMPT_CHARS = 1000
-DEFAULT_MODEL = "nano"
+DEFAULT_MODEL = "mini"
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 
