@@ -99,7 +99,7 @@ BAD_VILEX = [
     (["--encoder-size", "224", "--init-from", "/"], "--encoder-size 224 sets up a tower, --init-from brings one"),
     (["--distil-steps", "3"], "--distil-steps needs --encoder-init teacher"),
     (["--encoder-init", "teacher", "--distil-steps", "0"], "steps must be between 1 and 1e+06, got 0"),
-    (["--workers", "2"], "No such option"),
+    (["--snr-gamma", "5"], "No such option"),
 ]  # fmt: skip
 
 
