@@ -189,4 +189,4 @@ def test_pictures_are_sorted_by_likeness_to_picture_a(page: Page, tmp_path: Path
     captions = page.locator("#alike .caption-label")
     expect(captions).to_have_count(10, timeout=SLOW)
     expect(captions.first).to_have_text(re.compile(r"1.00 · (twin|cactus)"))
-    expect(page.locator("#status")).to_contain_text("Compared 7")
+    expect(page.locator("#status")).to_contain_text("Compared 10")
