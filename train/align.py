@@ -62,7 +62,7 @@ def build_projector(width: int, feature_width: int) -> nn.Sequential:
 
 
 class FeatureTable:
-    """A teacher's features of all pictures, asked once: on a GPU the teacher takes about as long as the denoiser.
+    """A teacher's features of all pictures, asked once: on a GPU the teacher takes nearly as long as the denoiser.
 
     Holds a row per picture, as it looks in its first variant, then the cut-outs' on the backgrounds of each other one.
     """
