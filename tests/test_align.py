@@ -130,6 +130,7 @@ def test_the_table_holds_what_the_teacher_says_of_each_look(files, tmp_path):
         indices = torch.randperm(len(pictures))
         pixels = pictures.batch(indices, background_colours(seed, variant, indices))
         assert torch.allclose(table(indices, torch.full_like(indices, variant)), run.teacher(pixels), atol=0.02)
+    assert run._table_bytes() == FeatureTable(run.teacher, pictures, run.config.caption_variants, seed).features.nbytes
 
 
 def test_alignment_loss_runs_from_0_for_parallel_to_2_for_opposite_features():

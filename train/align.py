@@ -5,6 +5,8 @@ beside the denoiser and thrown away; what was the teacher must not judge the res
 Source: Yu et al. 2025, Representation Alignment for Generation (REPA).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
@@ -73,15 +75,30 @@ class FeatureTable:
         cut_outs = pictures.cut_out.cpu().nonzero().flatten()
         self.pictures, self.cut_outs = len(everything), len(cut_outs)
         looks = [(indices, v) for v in range(variants) for indices in (cut_outs if v else everything).split(_CHUNK)]
-        self.features = torch.cat(
-            [teacher(pictures.batch(i, background_colours(seed, v, i))).bfloat16() for i, v in looks if len(i)]
-        )  # (R,P,F)
+        told = (teacher(pictures.batch(i, background_colours(seed, v, i))).bfloat16() for i, v in looks if len(i))
+        self.features = _stack(told, count_looks(pictures, variants))  # (R,P,F)
 
     def __call__(self, indices: Tensor, variant: Tensor) -> Tensor:
         """Features (B,P,F) of pictures int64 (B,) in their variants int64 (B,)."""
         places = self.places[indices]
         later = self.pictures + (variant - 1) * self.cut_outs + places
         return self.features[torch.where((places >= 0) & (variant > 0), later, indices)].float()
+
+
+def count_looks(pictures: Pictures, variants: int) -> int:
+    """Rows of a FeatureTable."""
+    return len(pictures) + (variants - 1) * int(pictures.cut_out.sum())
+
+
+def _stack(chunks: Iterator[Tensor], count: int) -> Tensor:
+    """The rows of all chunks (R,P,F), without a second copy of them on the way."""
+    stacked, filled = None, 0
+    for chunk in chunks:
+        stacked = chunk.new_empty(count, *chunk.shape[1:]) if stacked is None else stacked
+        stacked[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    assert filled == count, f"{filled} looks, not the {count} that were counted"
+    return stacked
 
 
 def alignment_loss(told: Tensor, features: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from vilex.images import decode_image
 
 log = logging.getLogger(__name__)
 WHITE_SHARE = 0.5  # of the backgrounds of cut-out pictures; the rest are plain random colours
-RESIDENT_BYTES = 16e9  # of pixels that an accelerator holds; of more, it gets one batch at a time
+RESIDENT_BYTES = 16e9  # of pixels, or of a teacher's features, that an accelerator holds; of more, a batch at a time
 _CHUNK = 2048  # pictures decoded together: bounds the files held in memory
 
 

@@ -129,8 +129,13 @@ def require_even_shares(batch_size: int, accelerator: Accelerator) -> None:
         )
 
 
-def override(config: TrainConfig, overrides: dict[str, float | None]) -> TrainConfig:
-    """The preset's settings with those given on the command line. Raises ValueError when one is out of range."""
+def override(config: TrainConfig, overrides: dict[str, float | None], minutes: float | None = None) -> TrainConfig:
+    """The preset's settings with those given on the command line.
+
+    Raises ValueError when one is out of range, or when both minutes and max_steps say where to end.
+    """
+    if minutes is not None and overrides.get("max_steps") is not None:
+        raise ValueError(f"--minutes {minutes:g} and --max-steps {overrides['max_steps']} both say where to end: give one")
     return replace(config, **{k: v for k, v in overrides.items() if v is not None})
 
 

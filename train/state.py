@@ -214,6 +214,8 @@ def train(
     """
     config, meter = state.config, _Meter(state)
     ends = None if minutes is None else time.perf_counter() + 60 * minutes
+    if ends is not None:  # a guess until the speed is known, of a run that may have got further before
+        state.config = replace(config, max_steps=max(config.max_steps, 2 * state.global_step))
     state.open_log()
     if state.global_step == 0:
         _sample(state, on_sample)

@@ -15,10 +15,10 @@ import click
 import torch
 from torch import Tensor
 
-from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side
+from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side, count_looks
 from train.batches import Batch, tabulate
 from train.captions import write_caption, write_captions
-from train.data import Pictures
+from train.data import RESIDENT_BYTES, Pictures
 from train.distil import TeacherFeatures, teacher_features
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
@@ -168,12 +168,16 @@ class T2IRun(TrainingRun):
         return teacher_features(net.patch_features, bottleneck_side(self.t2i.denoiser), self.pictures, self.config.seed)
 
     def _build_targets(self) -> Callable[[Batch], Tensor]:
-        """What the features (B,P,F) of a batch should be: read from a table where pictures come many times."""
-        if self.device.type == "cpu" or isinstance(self.pictures, Shards):
+        """What the features (B,P,F) of a batch should be: from a table where pictures come many times and it fits."""
+        if self.device.type == "cpu" or isinstance(self.pictures, Shards) or self._table_bytes() > RESIDENT_BYTES:
             return lambda batch: self.teacher(batch.pixels)
         with self.accelerator.autocast():
             table = FeatureTable(self.teacher, self.pictures, self.config.caption_variants, self.config.seed)
         return lambda batch: table(batch.indices, batch.variant)
+
+    def _table_bytes(self) -> int:
+        looks = count_looks(self.pictures, self.config.caption_variants)
+        return looks * bottleneck_side(self.t2i.denoiser) ** 2 * len(self.teacher.mean) * torch.bfloat16.itemsize
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions, and with align_weight the alignment's."""
@@ -235,7 +239,7 @@ def main(
     start(threads)
     with usage_errors():
         recipe = trainable_preset(preset)
-        config = override(recipe.t2i, overrides)
+        config = override(recipe.t2i, overrides, minutes)
         pictures, held_out = load_data(recipe.unet.image_size, data, validation, limit, stream, workers)
         t2i = build_model(recipe, text_encoder, init_from, config.seed)
         options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes)

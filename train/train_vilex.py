@@ -283,7 +283,7 @@ def main(
     start(threads)
     recipe = PRESETS[preset]
     with usage_errors():
-        config = override(recipe.vilex, overrides)
+        config = override(recipe.vilex, overrides, minutes)
         tower = read_encoder_init(encoder_init, distil_steps, init_from, config.seed, recipe.encoder_init, encoder_size)
         recipe = replace(recipe, encoder=tower.tower(recipe.encoder))
         t2i = load_t2i(t2i_folder, text_encoder)

@@ -83,6 +83,7 @@ BAD = [
     (["--batch-size", "0"], "batch_size must be between 1 and 65536, got 0"),
     (["--learning-rate", "nan"], "learning_rate must be a number, got nan"),
     (["--accumulate", "0"], "0 is not in the range x>=1"),
+    (["--minutes", "3", "--max-steps", "5"], "--minutes 3 and --max-steps 5 both say where to end: give one"),
     (["--stream", "1"], "--stream reads .tar shards alone, got"),
 ]
 BAD_T2I = [(["--init-from", "/"], "/ holds no text-to-image model: model_index.json is missing")]

@@ -89,12 +89,14 @@ def test_a_finished_run_writes_its_weights_again_and_trains_no_more(files, tmp_p
 def test_minutes_say_how_many_steps_are_taken(files, tmp_path, monkeypatch):
     clock = count(step=0.1)  # seconds, at each look
     monkeypatch.setattr(state.time, "perf_counter", lambda: next(clock))
-    succeed("t2i", files, tmp_path, "--minutes", "0.2", "--max-steps", "1000")
+    succeed("t2i", files, tmp_path, "--minutes", "0.2")
     steps = [line for line in read_metrics(tmp_path) if "loss" in line]
     taken = checkpoint(tmp_path)["global_step"]
     assert 20 < taken == len(steps) < 120  # a step and what is logged of it look more than once
     assert steps[-1]["learning_rate"] < 0.2 * steps[0]["learning_rate"]
     assert (tmp_path / f"samples-{taken:06d}.png").is_file()
+    succeed("t2i", files, tmp_path, "--minutes", "0.2")  # goes on, though far beyond the preset's steps
+    assert checkpoint(tmp_path)["global_step"] > taken + 20
 
 
 @pytest.mark.parametrize("kind", ["t2i", "vilex"])
