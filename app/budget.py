@@ -61,8 +61,7 @@ def spend(pipeline: VilexPipeline, prompt: str, cards: Sequence[CardInput]) -> B
 
 
 def _asked(pipeline: VilexPipeline, card: CardInput) -> int:
-    has_picture = card.picture is not None
-    most = pipeline.max_tokens if has_picture else len(unpack(card.word).vilex_tokens)
+    most = pipeline.max_tokens if card.is_encoded else len(unpack(card.word).vilex_tokens)
     return min(int(card.num_tokens), most)
 
 

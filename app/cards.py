@@ -23,6 +23,7 @@ NAMES = ("A", "B", "C", "D")  # of the cards, until the user names them
 _DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens": DEFAULT_TOKENS, "fit": "crop"}
 CARD_FIELDS = tuple(_DEFAULTS)
 _FILE = "vilex-file:"
+_POLISHED = "vilex-polished:"  # a file too, of the picture in the same card, which stays there
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
 
 Upload = dict[str, Any] | None  # what gradio knows of an uploaded file; its path lies inside gradio's cache
@@ -38,6 +39,11 @@ class CardInput:
     weight: float
     num_tokens: int
     fit: str
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether its tokens come from its picture, not from its word."""
+        return self.picture is not None and not is_polished(self.word)
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,9 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
 
     Raises ValueError for a file that is no picture and a code that is damaged or of another model.
     """
-    image, count = None, None if full else int(card.num_tokens)
-    if card.picture is not None:
-        image = open_upload(card.picture)
+    count = None if full else int(card.num_tokens)
+    image = None if card.picture is None else open_upload(card.picture)
+    if card.is_encoded:
         tokens, source = pipeline.encode(image, count, card.fit)[0], stem(card.picture)
     else:
         code = unpack(card.word, pipeline.fingerprint)
@@ -104,17 +110,25 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
     return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source)
 
 
-def pack(code: VilexCode) -> str:
-    """A code as a card's `word`: the whole file as text, since a code to copy is rounded."""
-    return _FILE + base64.b64encode(to_bytes(code)).decode()
+def pack(code: VilexCode, polished: bool = False) -> str:
+    """A code as a card's `word`: the whole file as text, since a code to copy is rounded.
+
+    polished: it stands for the picture in the same card, not in its place.
+    """
+    return (_POLISHED if polished else _FILE) + base64.b64encode(to_bytes(code)).decode()
+
+
+def is_polished(word: str) -> bool:
+    """Whether a card's `word` stands for the picture beside it."""
+    return word.startswith(_POLISHED)
 
 
 def unpack(word: str, fingerprint: str | None = None) -> VilexCode:
     """The code of a card's `word`, which is packed or a code to copy. Raises ValueError for one that is neither."""
-    if not word.startswith(_FILE):
+    if not word.startswith((_FILE, _POLISHED)):
         return from_text(word, fingerprint)
     try:
-        return from_bytes(base64.b64decode(word.removeprefix(_FILE), validate=True), fingerprint)
+        return from_bytes(base64.b64decode(word.partition(":")[2], validate=True), fingerprint)
     except binascii.Error as error:
         raise ValueError(f"the code is damaged: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Polish: picture A's tokens improved for this one picture, which its card then holds as a word."""
+"""Polish: picture A's tokens improved for this one picture, which its card then holds beside it."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -22,7 +22,7 @@ MAX_STEPS = 200  # of the slider; clients of the API may ask for more
 def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tuple]:
     """All tokens of a picture, improved by that many gradient steps on the model's own loss.
 
-    Gives the word that then stands for the picture, as text for the card's code, and a status line.
+    Gives the word that then says what the picture shows, as text for the card's code, and a status line.
     """
     with in_words():
         pipeline = handlers.ready()
@@ -38,7 +38,8 @@ def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tup
                 else:
                     yield gr.skip(), clock.at(event.index + 1, "Polishing")
         code = VilexCode(event.vilex_tokens, pipeline.fingerprint, stem(card.picture))
-        yield pack(code), finished(f"Polished in {duration(clock.seconds)}: the word stands for picture A now.")
+        done = f"Polished in {duration(clock.seconds)}: picture A is drawn from its polished tokens now."
+        yield pack(code, polished=True), finished(done)
 
 
 def build_polish() -> tuple[gr.Slider, gr.Button]:
@@ -52,7 +53,7 @@ def build_polish() -> tuple[gr.Slider, gr.Button]:
 
 
 def wire_polish(studio: Studio, steps: gr.Slider, button: gr.Button) -> None:
-    """The button; what it found comes into card A as a dropped .vilex file does."""
+    """The button; what it found comes into card A beside its picture."""
     first = studio.cards[0]
     inputs = first.inputs(0) | {"polish_steps": steps}
     outputs = [first.word, studio.status]

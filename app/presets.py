@@ -1,5 +1,7 @@
 """Settings by one choice: what is turned together for a quick look or for a careful drawing."""
 
+import json
+
 import gradio as gr
 from gradio.components import Component
 
@@ -28,6 +30,7 @@ def build_presets() -> gr.Dropdown:
 
 
 def wire_presets(choice: gr.Dropdown, settings: dict[str, Component]) -> None:
-    """Has the choice turn the settings."""
+    """Has the choice turn the settings, and let go of its name when one of them is turned by hand."""
     turned = [settings[name] for name in next(iter(PRESETS.values()))]
     choice.input(settings_of, choice, turned, **SILENT)
+    gr.on([part.input for part in turned], None, None, choice, js=f"() => {json.dumps(OWN)}", **SILENT)

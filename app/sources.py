@@ -6,9 +6,10 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from app.cards import Upload, pack, unpack
+from app.cards import Upload, is_polished, pack, unpack
 from app.download import download
 from app.handlers import Handlers
+from app.ladder import rung_name
 from app.messages import finished, in_words, sentence
 from app.panel import ON_SPACES, CardExtras, Panel
 from app.studio import Card
@@ -42,7 +43,13 @@ def _wire_card(
     sight = [card.seen, card.word, card.note, extra.restore]
     arrivals = [
         card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK),
-        card.fit.input(handlers.look, [card.picture, card.fit], card.seen, preprocess=False, **_LOOK),
+        card.fit.input(
+            partial(refit, handlers),
+            [card.picture, card.fit, card.word],
+            [card.seen, card.word, card.note],
+            preprocess=False,
+            **_LOOK,
+        ),
         extra.source.submit(
             partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
         ),
@@ -72,6 +79,12 @@ def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     return seen, "", note, gr.update(visible=has_recipe)
 
 
+def refit(handlers: Handlers, picture: Upload, fit: str, word: str) -> tuple:
+    """What the encoder sees of a picture that is fitted anew; tokens that were polished for the old view go."""
+    unpolished = ("", "") if is_polished(word) else (gr.skip(), gr.skip())
+    return handlers.look(picture, fit), *unpolished
+
+
 def carries_recipe(path: str) -> bool:
     """Whether a file is a PNG with settings that can be used."""
     try:
@@ -96,7 +109,7 @@ def fetch(handlers: Handlers, source: str, fit: str) -> tuple:
 
 
 def word_arrives(handlers: Handlers, index: int, word: str, shown: Shown) -> tuple:
-    """The card when a code has come into it: its picture goes, the card is shown and says what it holds."""
+    """The card when a code has come into it: it is shown, says what it holds, and loses a picture of another word."""
     if not word:
         return (gr.skip(),) * 8
     shown = [is_shown or i == index for i, is_shown in enumerate(shown)]
@@ -105,11 +118,13 @@ def word_arrives(handlers: Handlers, index: int, word: str, shown: Shown) -> tup
     except ValueError as error:
         gr.Warning(sentence(str(error)).message, title="That did not work")
         return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), "", "", gr.update(visible=False)
-    count = len(code.vilex_tokens)
+    size = rung_name(len(code.vilex_tokens))
     origin = f", made from {code.source}" if code.source else ""
-    note = finished(f"A word of {count} {'token' if count == 1 else 'tokens'}{origin}. It has no picture to show.")
+    note, picture = f"A word of {size}{origin}. It has no picture to show.", None
+    if is_polished(word):
+        note, picture = f"Polished: {size} fitted to this picture. Give it again to go back.", gr.skip()
     add = gr.update(visible=not all(shown))
-    return None, gr.update(visible=True), shown, add, None, gr.skip(), note, gr.update(visible=False)
+    return picture, gr.update(visible=True), shown, add, picture, gr.skip(), finished(note), gr.update(visible=False)
 
 
 def show_next(shown: Shown) -> tuple:

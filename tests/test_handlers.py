@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import gradio as gr
@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops
 
 from app import budget, ladder, polish, ui
-from app.cards import CardInput, pack, take_cards, unpack
+from app.cards import CardInput, pack, read_card, take_cards, unpack
 from app.handlers import Handlers, build_config, measure
 from vilex.codes import VilexCode, from_text, load_code
 from vilex.config import GenerationConfig
@@ -436,6 +436,16 @@ def test_polishing_ends_as_a_word_that_draws(handlers, upload, pipeline, picture
     assert code.source == "my-corner"
     assert torch.equal(code.vilex_tokens, pipeline.polish(picture, steps=STEPS, fit="pad").half().float())
     assert len(draw(handlers, None, word=word)[-1][0]) == 2
+
+
+def test_a_polished_picture_is_drawn_from_its_word_and_is_still_there(handlers, upload):
+    word = improve(handlers, upload)[-1][0]
+    card = take_cards({"picture": upload, "word": word, "num_tokens": 75})[0]
+    read = read_card(handlers.pipeline, card, full=True)
+    assert torch.equal(read.vilex_tokens, unpack(word).vilex_tokens)
+    assert not torch.equal(read.vilex_tokens, read_card(handlers.pipeline, replace(card, word="")).vilex_tokens)
+    assert read.image is not None and read.source == "my-corner"
+    assert "22 slots for the picture" in handlers.plan("", picture=upload, word=word)[0]
 
 
 @pytest.mark.parametrize(("has_picture", "steps", "message"), [

@@ -193,6 +193,16 @@ def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
     assert sources.word_arrives(handlers, 1, "hello", [True] * 4)[5] == ""
 
 
+def test_a_polished_word_leaves_the_picture_in_its_card_until_it_is_fitted_anew(handlers, upload):
+    word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), polished=True)
+    picture, _, shown, _, seen, _, note, _ = sources.word_arrives(handlers, 0, word, [True, False, False, False])
+    assert picture == seen == gr.skip() and shown == [True, False, False, False]
+    assert "Polished: 2 tokens fitted to this picture." in note
+    seen, kept, note = sources.refit(handlers, upload, "pad", word)
+    assert seen.size == (32, 32) and (kept, note) == ("", "")
+    assert sources.refit(handlers, None, "pad", "another word")[1:] == (gr.skip(), gr.skip())
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

@@ -135,7 +135,8 @@ def override(config: TrainConfig, overrides: dict[str, float | None], minutes: f
     Raises ValueError when one is out of range, or when both minutes and max_steps say where to end.
     """
     if minutes is not None and overrides.get("max_steps") is not None:
-        raise ValueError(f"--minutes {minutes:g} and --max-steps {overrides['max_steps']} both say where to end: give one")
+        steps = overrides["max_steps"]
+        raise ValueError(f"--minutes {minutes:g} and --max-steps {steps} both say where to end: give one")
     return replace(config, **{k: v for k, v in overrides.items() if v is not None})
 
 

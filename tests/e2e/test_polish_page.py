@@ -1,4 +1,4 @@
-"""Polish in a real browser: a picture ends as a word in its card, and Stop ends it."""
+"""Polish in a real browser: a picture gets a word beside it in its card, and Stop ends it."""
 
 from playwright.sync_api import Page, expect
 
@@ -7,7 +7,7 @@ from tests.e2e.test_app import CACTUS, choose, set_slider, wait_drawn, wait_rebu
 SLOW = 60_000  # milliseconds
 
 
-def test_a_polished_picture_is_a_word_in_its_card(page: Page) -> None:
+def test_a_polished_picture_stays_in_its_card_and_is_drawn_from_its_word(page: Page) -> None:
     choose(page, CACTUS)
     wait_rebuilt(page)
     page.get_by_role("button", name="Keep picture A as a word").click()
@@ -19,6 +19,7 @@ def test_a_polished_picture_is_a_word_in_its_card(page: Page) -> None:
     set_slider(page, "polish-steps", 2)
     page.get_by_role("button", name="Polish picture A").click()
     expect(page.locator("#status")).to_contain_text("Polished in", timeout=SLOW)
-    expect(page.get_by_text("A word of 75 tokens, made from cactus.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("Polished: 75 tokens fitted to this picture.")).to_be_visible(timeout=SLOW)
+    expect(page.locator("#picture img")).to_be_visible()
     page.get_by_role("button", name="Generate").click()
     wait_drawn(page, 4)

@@ -10,7 +10,7 @@ from gradio_client.exceptions import AppError
 from playwright.sync_api import Locator, Page, expect
 
 from tests.e2e.conftest import Server, unfold
-from tests.e2e.test_app import CACTUS, SAILBOAT, choose, download, wait_rebuilt
+from tests.e2e.test_app import CACTUS, SAILBOAT, choose, download, set_slider, wait_rebuilt
 from vilex.recipe import load_recipe
 
 
@@ -170,3 +170,6 @@ def test_a_preset_turns_the_settings(page: Page) -> None:
     page.get_by_role("option", name="Careful").click()
     for name, value in (("num-images", "2"), ("num-inference-steps", "50"), ("guidance-scale", "2")):
         expect(page.locator(f"#{name} input[type=number]")).to_have_value(value)
+    expect(page.locator("#preset input")).to_have_value("Careful")
+    set_slider(page, "num-inference-steps", 30)
+    expect(page.locator("#preset input")).to_have_value("As they are")
