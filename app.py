@@ -12,10 +12,11 @@ except ImportError:
 
 import click
 
+from app.about import licence_line
 from app.engine import Engine
 from app.handlers import Handlers, measure
 from app.models import LaterPipeline, named_models, other_folders
-from app.ui import Notes, build_demo, launch_options, weights_licence
+from app.ui import Notes, build_demo, launch_options
 from vilex.checkpoint import find_weights
 from vilex.config import GenerationConfig
 from vilex.devices import pick_device, pick_dtype, require_offload
@@ -106,7 +107,7 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int, o
     try:
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype, offload=offload)
         folder = Path(find_weights(model))
-        licence = weights_licence(folder)
+        licence = licence_line(folder)
     except ValueError as error:
         click.echo(f"No weights: {error}", err=True)
         return Handlers(None, problem=str(error)), Notes(steps=steps)
@@ -119,7 +120,7 @@ def load_later(
 ) -> tuple[Handlers, Notes]:  # fmt: skip
     """The same for a model that is loaded when somebody opens its page."""
     load_it = partial(VilexPipeline.from_pretrained, str(folder), device=device, dtype=dtype, offload=offload)
-    return serve(LaterPipeline(folder, load_it), folder), Notes(steps, licence=weights_licence(folder))
+    return serve(LaterPipeline(folder, load_it), folder), Notes(steps, licence=licence_line(folder))
 
 
 def serve(pipeline: VilexPipeline | LaterPipeline, folder: Path) -> Handlers:

@@ -14,12 +14,12 @@ from torch import nn
 from app import table
 from app.messages import in_words
 from app.studio import Studio
-from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.cli import main as command_line
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import environment
 
 _ROOT = Path(__file__).resolve().parent.parent
+LICENCE_FILE = _ROOT / "LICENSE_WEIGHTS"  # of the weights that come with the code
 _SHOWN = {"base_model": "Builds on", "datasets": "Trained on", "language": "Language of the words", "tags": "Tags"}
 _LIMITS = re.compile(r"^## [^\n]*\b(?:fails?|limits?|limitations|cannot)\b.*?(?=^## |\Z)", re.I | re.M | re.S)
 _NO_CARD = "---\n{}\n---\nThese weights come without a model card (README.md)."
@@ -79,7 +79,7 @@ def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
         sizes = {"encoder and pooler": pipeline.vilex} | sizes
     rows = [
         ("Name", pipeline.name or "without a name"),
-        ("Licence", _text(own.get("license_name") or own.get("license") or "none is named")),
+        ("Licence", _licence_name(own) or "none is named"),
         ("Parameters", ", ".join(f"{name} {_millions(module)}" for name, module in sizes.items())),
         ("Picture as drawn", f"{t2i.image_size} x {t2i.image_size} pixels"),
         ("Tokens of a picture", f"1 to {pipeline.max_tokens}, {t2i.text_width} numbers each"),
@@ -128,12 +128,32 @@ def commands() -> str:
 
 def licences(folder: Path | None) -> str:
     """The licences of code, weights and third parties, as Markdown."""
-    folders = [] if folder is None else [folder]
-    if folder is None or folder.resolve().is_relative_to(WEIGHTS_FOLDER):
-        folders.append(_ROOT)
-    weights = [path for parent in folders if (path := parent / "LICENSE_WEIGHTS").is_file()][:1]
-    texts = [path.read_text(encoding="utf-8") for path in [*weights, _ROOT / "THIRD_PARTY.md"]]
+    weights = LICENCE_FILE if folder is None else licence_file(folder)
+    texts = [path.read_text(encoding="utf-8") for path in (weights, _ROOT / "THIRD_PARTY.md") if path]
     return "\n\n".join(["The code of ViLex is under the Apache License 2.0 (`LICENSE`).", *texts])
+
+
+def licence_file(folder: Path) -> Path | None:
+    """The text of the licence of weights: their own LICENSE_WEIGHTS, or ours where their model card links to it."""
+    own = folder / "LICENSE_WEIGHTS"
+    if own.is_file():
+        return own
+    linked = read_card(folder).data.to_dict().get("license_link")
+    is_ours = isinstance(linked, str) and (folder / linked).resolve() == LICENCE_FILE
+    return LICENCE_FILE if is_ours and LICENCE_FILE.is_file() else None
+
+
+def licence_line(folder: Path) -> str:
+    """One line on the licence of the weights in a folder: of ours what it allows, else what they or their card name."""
+    file, data = licence_file(folder), read_card(folder).data.to_dict()
+    if file == LICENCE_FILE:
+        return "The weights are for non-commercial research and personal use (LICENSE_WEIGHTS)."
+    named = _licence_name(data) or ("see LICENSE_WEIGHTS in their folder" if file else "")
+    return f"Licence of the weights: {named}." if named else "The weights in use name no licence."
+
+
+def _licence_name(data: dict[str, object]) -> str:
+    return _text(data.get("license_name") or data.get("license") or "")
 
 
 def _text(value: object) -> str:

@@ -50,17 +50,17 @@ class Balance:
             tokens = [word.vilex_tokens for word in words]
             rows = [[each[:budget] for each in tokens] for budget in self.budgets]
             conditions = side_by_side(pipeline, rows, config, prompt, names)
-            done: list[Image.Image] = []
+            longest, done = max(map(len, tokens)), []  # a code may hold few
             clock, seeds = Clock(len(TFG_SCALES) * STEPS), [config.seed] * len(rows)
             for tfg_scale in TFG_SCALES:
                 row = replace(config, tfg_scale=tfg_scale)
                 for images, status in self.handlers.watch(conditions, row, seeds, clock, f"TFG {tfg_scale:g}"):
-                    yield gr.skip() if images is None else self._captioned(done + images), status
+                    yield gr.skip() if images is None else self._captioned(done + images, longest), status
                 done += images
             status = (
                 f"Drawn in {duration(clock.seconds)} with seed {config.seed}. Click a picture to take its settings."
             )
-            yield self._captioned(done), finished(status)
+            yield self._captioned(done, longest), finished(status)
 
     def adopt(self, event: gr.SelectData) -> tuple:
         """The token count for every card, the text-free guidance and a status line of the thumbnail clicked."""
@@ -70,8 +70,9 @@ class Balance:
     def _settings(self, values: dict[str, Any]) -> GenerationConfig:
         return replace(read_settings(values), num_inference_steps=STEPS)
 
-    def _captioned(self, images: list[Image.Image]) -> list[tuple[Image.Image, str]]:
-        return [(image, caption(*cell)) for image, cell in zip(images, self.cells, strict=False)]
+    def _captioned(self, images: list[Image.Image], longest: int) -> list[tuple[Image.Image, str]]:
+        cells = zip(images, self.cells, strict=False)
+        return [(image, caption(min(budget, longest), tfg_scale)) for image, (budget, tfg_scale) in cells]
 
 
 def caption(budget: int, tfg_scale: float) -> str:

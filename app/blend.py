@@ -70,6 +70,8 @@ class Blend:
         """The `word` of every card, unchanged but for the card of that letter, which gets the chosen one."""
         with in_words():
             check_choice(target, NAMES, "card")
+            if chosen is not None and not words:
+                raise ValueError("Draw the pictures to their end first: these were stopped on the way")
             if chosen is None or not 0 <= chosen < len(words):
                 raise ValueError("Choose one of the pictures first: click it")
             word = pack(VilexCode(words[chosen], self.handlers.ready().fingerprint, "blend"))
@@ -86,7 +88,7 @@ class Blend:
         pipeline, tokens, clock = self.handlers.ready(), list(words.values()), Clock(config.num_inference_steps)
         conditions = side_by_side(pipeline, [[each] for each in tokens], config)
         for images, status in self.handlers.watch(conditions, config, [config.seed] * len(tokens), clock, what):
-            yield gr.skip() if images is None else images, gr.skip(), None, status
+            yield gr.skip() if images is None else images, (), None, status  # previews are no words yet
         recipes = recipes_of(pipeline, tokens, config, embed)
         names = [f"vilex-{what.lower()}-{i}-seed-{config.seed}" for i in range(1, len(tokens) + 1)]
         paths = self.handlers.save(images, names, recipes, view)

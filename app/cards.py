@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ NAMES = ("A", "B", "C", "D")  # of the cards, until the user names them
 _DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens": DEFAULT_TOKENS, "fit": "crop"}
 CARD_FIELDS = tuple(_DEFAULTS)
 _FILE = "vilex-file:"
-_POLISHED = "vilex-polished:"  # a file too, of the picture in the same card, which stays there
+_POLISHED = "vilex-polished:"  # then the mark of the picture beside it, which stays there, and its file
 _NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
 
 Upload = dict[str, Any] | None  # what gradio knows of an uploaded file; its path lies inside gradio's cache
@@ -42,13 +43,16 @@ class CardInput:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether its tokens come from its picture, not from its word."""
-        return self.picture is not None and not is_polished(self.word)
+        """Whether its tokens are the encoder's of its picture: not its word's, nor polished for this picture."""
+        return self.picture is not None and not is_polished(self.word, self.picture, self.fit)
 
 
 @dataclass(frozen=True)
 class PictureWord:
-    """A card as a word of the prompt: vilex_tokens (N,D), cut and weighed; image is None where it came as a code."""
+    """A card as a word of the prompt: vilex_tokens (N,D), cut and weighed; image is None where it came as a code.
+
+    is_encoded: whether the encoder gives these tokens for the image.
+    """
 
     name: str
     vilex_tokens: Tensor
@@ -57,6 +61,7 @@ class PictureWord:
     fit: str
     image: Image.Image | None
     source: str
+    is_encoded: bool
 
 
 def card_key(name: str, index: int) -> str:
@@ -107,20 +112,36 @@ def read_card(pipeline: VilexPipeline, card: CardInput, full: bool = False) -> P
         code = unpack(card.word, pipeline.fingerprint)
         tokens, source = code.vilex_tokens[:count].to(pipeline.device), clean(code.source) or "word"
     tokens = pipeline.vocabulary.weigh(tokens, card.weight)
-    return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source)
+    return PictureWord(card.name, tokens, card.weight, len(tokens), card.fit, image, source, card.is_encoded)
 
 
-def pack(code: VilexCode, polished: bool = False) -> str:
-    """A code as a card's `word`: the whole file as text, since a code to copy is rounded.
-
-    polished: it stands for the picture in the same card, not in its place.
-    """
-    return (_POLISHED if polished else _FILE) + base64.b64encode(to_bytes(code)).decode()
+def pack(code: VilexCode) -> str:
+    """A code as a card's `word`: the whole file as text, since a code to copy is rounded."""
+    return _FILE + _packed(code)
 
 
-def is_polished(word: str) -> bool:
-    """Whether a card's `word` stands for the picture beside it."""
+def pack_polished(code: VilexCode, picture: Upload, fit: str) -> str:
+    """A code as the `word` of a card whose picture it was polished for, and which it stands beside."""
+    return f"{_POLISHED}{_mark(picture, fit)}:{_packed(code)}"
+
+
+def was_polished(word: str) -> bool:
+    """Whether a card's `word` was polished for some picture."""
     return word.startswith(_POLISHED)
+
+
+def is_polished(word: str, picture: Upload, fit: str) -> bool:
+    """Whether a card's `word` was polished for that picture as it is fitted. Raises ValueError when it is gone."""
+    return picture is not None and was_polished(word) and word.startswith(f"{_POLISHED}{_mark(picture, fit)}:")
+
+
+def _packed(code: VilexCode) -> str:
+    return base64.b64encode(to_bytes(code)).decode()
+
+
+def _mark(picture: Upload, fit: str) -> str:
+    path = Path(upload_path(picture.get("path")))  # which is a new one after a refresh
+    return hashlib.sha256(f"{path.name} {path.stat().st_size} {fit}".encode()).hexdigest()[:12]
 
 
 def unpack(word: str, fingerprint: str | None = None) -> VilexCode:
@@ -128,9 +149,14 @@ def unpack(word: str, fingerprint: str | None = None) -> VilexCode:
     if not word.startswith((_FILE, _POLISHED)):
         return from_text(word, fingerprint)
     try:
-        return from_bytes(base64.b64decode(word.partition(":")[2], validate=True), fingerprint)
+        return from_bytes(base64.b64decode(word.rpartition(":")[2], validate=True), fingerprint)
     except binascii.Error as error:
         raise ValueError(f"the code is damaged: {error}") from error
+
+
+def usable_name(name: str, index: int) -> str:
+    """The name itself, or the letter of card `index` where the prompt cannot use it."""
+    return name if _NAME.fullmatch(name) else NAMES[index]
 
 
 def names_of(words: Sequence[CardInput | PictureWord]) -> list[str]:

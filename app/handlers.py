@@ -188,7 +188,9 @@ class Handlers:
     ) -> Recipe:
         """What the PNG of picture `index` says of how it was made; `share` puts the pictures' tokens into it."""
         images = [
-            build_recipe_image(self.pipeline, w.name, w.vilex_tokens, weight=w.weight, fit=w.fit, share=share)
+            build_recipe_image(
+                self.pipeline, w.name, w.vilex_tokens, weight=w.weight, fit=w.fit if w.is_encoded else "", share=share
+            )
             for w in words
         ]
         return build_recipe(self.pipeline, prompt, config, images, index=index)

@@ -88,6 +88,8 @@ def where(pipeline: VilexPipeline, word: PictureWord, token: int) -> tuple[Image
     _check_token(token, word)
     if word.image is None:
         return None, finished("It came as a code: there is no picture to look at.")
+    if not pipeline.has_encoder:
+        return None, finished("This model has no encoder, so there is no map of where a token looked.")
     heat = attention_of(pipeline, word, token)
     return overlay(fit_image(word.image, _SHOWN_SIZE, word.fit), heat), finished(legend(heat, token))
 

@@ -67,6 +67,7 @@ def climb(handlers: Handlers, view: str, budgets: str, embed: bool = False, **va
         if not cards:
             raise ValueError("Give a picture first")
         word = read_card(pipeline, cards[0], full=True)
+        rungs = sorted({min(rung, len(word.vilex_tokens)) for rung in rungs})  # a code may hold few
         clock = Clock(len(_groups(handlers, rungs)) * config.num_inference_steps)
         results: list[Any] = [None] * MAX_RUNGS
         texts = [rung_html(rung) for rung in rungs] + [""] * (MAX_RUNGS - len(rungs))

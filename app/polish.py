@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.cards import open_upload, pack, stem, take_cards
+from app.cards import open_upload, pack_polished, stem, take_cards
 from app.engine import Waiting
 from app.handlers import Handlers
 from app.messages import Clock, duration, finished, in_words, waiting
@@ -31,7 +31,8 @@ def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tup
         if card is None or card.picture is None:
             raise ValueError("Give picture A first: a word without its picture cannot be polished")
         image, clock = open_upload(card.picture), Clock(steps)
-        with closing(handlers.engine.polish(image, PolishConfig(num_steps=steps), card.fit)) as events:
+        config = PolishConfig(pipeline.max_tokens, steps)
+        with closing(handlers.engine.polish(image, config, card.fit)) as events:
             for event in events:
                 if isinstance(event, Waiting):
                     yield gr.skip(), waiting(event.position, event.seconds, clock)
@@ -39,7 +40,7 @@ def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tup
                     yield gr.skip(), clock.at(event.index + 1, "Polishing")
         code = VilexCode(event.vilex_tokens, pipeline.fingerprint, stem(card.picture))
         done = f"Polished in {duration(clock.seconds)}: picture A is drawn from its polished tokens now."
-        yield pack(code, polished=True), finished(done)
+        yield pack_polished(code, card.picture, card.fit), finished(done)
 
 
 def build_polish() -> tuple[gr.Slider, gr.Button]:

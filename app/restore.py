@@ -3,28 +3,29 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path
-from app.handlers import Handlers, Look, text_of
+from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path, usable_name
+from app.handlers import VIEWS, Handlers, Look, text_of
 from app.ladder import rung_name
 from app.link import from_link
 from app.messages import in_words, sentence, tell
 from app.panel import Panel
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import GenerationConfig
+from vilex.config import DEFAULT_TOKENS, GenerationConfig
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
 _log = logging.getLogger(__name__)
 MAX_REMEMBERED = 60  # results
 Values = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +75,13 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
 
 
 def _card_values(index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
-    if image is None:
-        own: Values = {"picture": None, "word": ""}
-    elif image.code:  # its weight is in it
-        own = {"picture": None, "word": image.code, "weight": 1.0, "num_tokens": image.num_tokens, "name": image.name}
-    else:
-        own = {"weight": image.weight, "num_tokens": image.num_tokens, "fit": image.fit or "crop", "name": image.name}
-        own |= {"picture": None, "word": ""} if is_cleared else {}
+    own: Values = {}
+    if image is not None:
+        own |= {"num_tokens": image.num_tokens, "name": usable_name(image.name, index)}
+        # a code has the weight in it
+        own |= {"weight": 1.0} if image.code else {"weight": image.weight, "fit": image.fit or "crop"}
+    if image is None or image.code or is_cleared:
+        own |= {"picture": None, "word": image.code if image else ""}
     values = {card_key(name, index): value for name, value in own.items()}
     return values | ({f"seen_{index}": None} if "picture" in own else {})
 
@@ -93,10 +94,12 @@ def _layout(shown: list[bool]) -> Values:
 def _tell_restored(recipe: Recipe, handlers: Handlers) -> None:
     """Says what is back, and not in the status line, which belongs to what is being drawn."""
     text = "The settings are back, the seed is kept."
-    missing = [NAMES[i] for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code]
-    if missing:
+    lost = {NAMES[i]: image.fit for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code}
+    if missing := [name for name, fit in lost.items() if fit]:
         which = f"Picture {missing[0]} is" if len(missing) == 1 else f"Pictures {' and '.join(missing)} are"
         text += f" {which} not in the file: drop it in again, unless the card still holds it."
+    if missing := [name for name, fit in lost.items() if not fit]:
+        text += f" {' and '.join(missing)} was drawn from tokens that are not in the file: open them again as a word."
     other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
     tell(f"{text} {other}.".replace(" .", "") if other else text)
 
@@ -142,13 +145,9 @@ def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tupl
 def remember(page: Page, saved: object, link: object = "") -> tuple:
     """What the browser remembers of this page, as far as it still holds, under what the link holds that opened it.
 
-    Nothing of either is taken on trust.
+    Nothing of either is taken on trust; a value that does not hold costs only itself.
     """
-    values: Values = {}
-    try:
-        values = _remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {}
-    except (gr.Error, ValueError, TypeError, KeyError, AttributeError) as error:  # of another version, or tampered with
-        _log.info("a page begins afresh: %s: %s", type(error).__name__, error)
+    values = _remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {}
     return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
 
 
@@ -166,34 +165,58 @@ def _linked(handlers: Handlers, link: str) -> Values:
 
 
 def _remembered(handlers: Handlers, saved: Values) -> Values:
-    values: Values = {"prompt": text_of(saved["prompt"]), "lock": saved["lock"] is True}
-    values |= dataclasses.asdict(Look(saved["view"], saved["embed"]))
-    settings = {f.name: saved[f.name] for f in dataclasses.fields(GenerationConfig) if f.name in saved}
-    config = GenerationConfig.from_dict({k: v for k, v in settings.items() if k != "num_tokens"}).to_dict()
-    values |= {name: config[name] for name in settings if name != "num_tokens"}
+    names = [f.name for f in dataclasses.fields(GenerationConfig) if f.name != "num_tokens"]
+    values = _take(GenerationConfig(), {name: saved[name] for name in names if name in saved})
+    values |= _take(Look(VIEWS[0], False), {name: saved[name] for name in ("view", "embed") if name in saved})
+    values |= {"lock": saved.get("lock") is True, "prompt": _prompt(saved.get("prompt"))}
     shown = [True] + [False] * (MAX_CARDS - 1)
     for i in range(MAX_CARDS):
-        card = check_card(CardInput(**{name: saved[card_key(name, i)] for name in CARD_FIELDS}))
-        path, seen = _seen(handlers, card)
-        shown[i] |= bool(path or card.word)
-        values |= {card_key(f.name, i): getattr(card, f.name) for f in dataclasses.fields(card)}
-        values[card_key("picture", i)] = path
-        values[f"seen_{i}"] = seen
-    results = {name: _results(saved[name]) for name in ("gallery", "history")}
+        card = _remembered_card(handlers, saved, i)
+        shown[i] |= bool(card[card_key("picture", i)] or card.get(card_key("word", i)))
+        values |= card
+    results = {name: _results(saved.get(name)) for name in ("gallery", "history")}
     return values | _layout(shown) | results | {"arrival": str(values["picture"] or "")}
 
 
-def _seen(handlers: Handlers, card: CardInput) -> tuple[str | None, Image.Image | None]:
+def _remembered_card(handlers: Handlers, saved: Values, index: int) -> Values:
+    keys = {name: card_key(name, index) for name in CARD_FIELDS}
+    start = CardInput(None, "", "", 1.0, DEFAULT_TOKENS, "crop")
+    card = _take(start, {name: saved[key] for name, key in keys.items() if key in saved}, check_card)
+    path, seen = _seen(handlers, card.get("picture"), card.get("fit", start.fit))
+    return {keys[name]: value for name, value in card.items()} | {keys["picture"]: path, f"seen_{index}": seen}
+
+
+def _take(start: T, saved: Mapping[str, Any], check: Callable[[T], T] = lambda taken: taken) -> Values:
+    """The saved fields of `start` that hold, each beside those before it; for the others the page keeps its own."""
+    held: Values = {}
+    for name, value in saved.items():
+        try:
+            start = check(dataclasses.replace(start, **{name: value}))
+            held[name] = getattr(start, name)
+        except (ValueError, TypeError) as error:  # half typed, of another version, or tampered with
+            _log.info("not remembered: %s", error)
+    return held
+
+
+def _prompt(saved: object) -> str:
+    try:
+        return text_of(saved)
+    except ValueError:
+        return ""
+
+
+def _seen(handlers: Handlers, picture: object, fit: str) -> tuple[str | None, Image.Image | None]:
     """The path of a remembered picture and what the encoder sees of it; neither when it is gone or no picture."""
     try:
-        path = cached(card.picture)
-        return path, handlers.look({"path": path}, card.fit) if path else None
+        path = cached(picture)
+        return path, handlers.look({"path": path}, fit) if path else None
     except gr.Error:  # one bad file must not cost the rest of the page
         return None, None
 
 
 def _results(items: object) -> list[tuple[str, str]]:
-    found = [(cached(item["image"]), str(item["caption"] or "")) for item in (items or [])[:MAX_REMEMBERED]]
+    listed = items[:MAX_REMEMBERED] if isinstance(items, list) else []
+    found = [(cached(item.get("image")), str(item.get("caption") or "")) for item in listed if isinstance(item, dict)]
     return [(path, caption) for path, caption in found if path]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 from gradio.events import Dependency
 
-from app.cards import Upload, is_polished, pack, unpack
+from app.cards import Upload, is_polished, pack, unpack, was_polished
 from app.download import download
 from app.handlers import Handlers
 from app.ladder import rung_name
@@ -58,8 +58,8 @@ def _wire_card(
     for arrival in arrivals if index == 0 else []:
         announce(arrival, panel.arrival)
     card.word.change(
-        partial(word_arrives, handlers, index), [card.word, shown],
-        [card.picture, card.panel, shown, panel.add, *sight], **_LOOK,
+        partial(word_arrives, handlers, index), [card.word, shown, card.picture, card.fit],
+        [card.picture, card.panel, shown, panel.add, *sight], preprocess=False, **_LOOK,
     )  # fmt: skip
     extra.remove.click(
         partial(remove, index), shown, [card.picture, card.panel, shown, panel.add, *sight], queue=False, **_quiet()
@@ -80,8 +80,8 @@ def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
 
 
 def refit(handlers: Handlers, picture: Upload, fit: str, word: str) -> tuple:
-    """What the encoder sees of a picture that is fitted anew; tokens that were polished for the old view go."""
-    unpolished = ("", "") if is_polished(word) else (gr.skip(), gr.skip())
+    """What the encoder sees of a picture that is fitted anew, without a word that was polished for the old view."""
+    unpolished = ("", "") if picture is not None and word else (gr.skip(), gr.skip())
     return handlers.look(picture, fit), *unpolished
 
 
@@ -108,23 +108,28 @@ def fetch(handlers: Handlers, source: str, fit: str) -> tuple:
         return path, "", *arrive(handlers, {"path": path}, fit)
 
 
-def word_arrives(handlers: Handlers, index: int, word: str, shown: Shown) -> tuple:
-    """The card when a code has come into it: it is shown, says what it holds, and loses a picture of another word."""
+def word_arrives(
+    handlers: Handlers, index: int, word: str, shown: Shown, picture: Upload = None, fit: str = "crop"
+) -> tuple:
+    """The card when a code has come into it: it is shown, says what it holds, and keeps only its own picture."""
     if not word:
         return (gr.skip(),) * 8
     shown = [is_shown or i == index for i, is_shown in enumerate(shown)]
     try:
         code = unpack(word, handlers.ready().fingerprint)
+        polished = is_polished(word, picture, fit)
+        if picture is not None and not polished and was_polished(word):
+            raise ValueError("the picture has changed since its tokens were polished: polish it again")
     except ValueError as error:
         gr.Warning(sentence(str(error)).message, title="That did not work")
         return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), "", "", gr.update(visible=False)
     size = rung_name(len(code.vilex_tokens))
     origin = f", made from {code.source}" if code.source else ""
-    note, picture = f"A word of {size}{origin}. It has no picture to show.", None
-    if is_polished(word):
-        note, picture = f"Polished: {size} fitted to this picture. Give it again to go back.", gr.skip()
+    note, kept = f"A word of {size}{origin}. It has no picture to show.", None
+    if polished:
+        note, kept = f"Polished: {size} fitted to this picture. Give it again to go back.", gr.skip()
     add = gr.update(visible=not all(shown))
-    return picture, gr.update(visible=True), shown, add, picture, gr.skip(), finished(note), gr.update(visible=False)
+    return kept, gr.update(visible=True), shown, add, kept, gr.skip(), finished(note), gr.update(visible=False)
 
 
 def show_next(shown: Shown) -> tuple:

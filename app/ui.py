@@ -30,7 +30,6 @@ from app.similar import build_similar
 from app.sources import announce, arrive, wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
-from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.config import GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,8 +190,8 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     gr.on(
-        [panel.stop.click, first.picture.input, examples.dataset.click], None, cancels=studio.jobs,
-        api_visibility="private",
+        [panel.stop.click, first.picture.input, extra.source.submit, examples.dataset.click], None,
+        cancels=studio.jobs, api_visibility="private",
     )  # fmt: skip
     shown = wire_cards(handlers, panel)
     looked = examples.load_input_event.then(
@@ -208,18 +207,6 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
     )  # fmt: skip
     panel.dice.click(None, None, panel.settings["seed"], js=f"() => {RANDOM_SEED}", api_visibility="private")
     return shown
-
-
-def weights_licence(folder: Path) -> str:
-    """One line on the licence of the weights in a folder: its LICENSE_WEIGHTS, its model card, or ours."""
-    own = folder / "LICENSE_WEIGHTS"
-    shipped = ROOT / "LICENSE_WEIGHTS"
-    if own.is_file() or (folder.resolve().is_relative_to(WEIGHTS_FOLDER) and shipped.is_file()):
-        return "The weights are for non-commercial research and personal use (LICENSE_WEIGHTS)."
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8").splitlines() if card.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "license_name:"))]
-    return f"Licence of the weights: {named[-1]}." if named else "The weights in use name no licence."
 
 
 def _header(handlers: Handlers, notes: Notes) -> str:

@@ -2,7 +2,18 @@
 
 import pytest
 
-from app.about import about_weights, commands, licences, read_card, split_limits, versions, without_weights
+from app.about import (
+    LICENCE_FILE,
+    about_weights,
+    commands,
+    licence_line,
+    licences,
+    read_card,
+    split_limits,
+    versions,
+    without_weights,
+)
+from vilex.checkpoint import WEIGHTS_FOLDER
 from vilex.cli import main
 
 CARD = """---
@@ -78,6 +89,28 @@ def test_licence_of_the_weights_is_their_own_folders(tmp_path):
     assert "non-commercial research" not in licences(tmp_path) and "Apache License 2.0" in licences(tmp_path)
     (tmp_path / "LICENSE_WEIGHTS").write_text("Terms of mine.", encoding="utf-8")
     assert "Terms of mine." in licences(tmp_path) and "non-commercial research" not in licences(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("LICENSE_WEIGHTS", "terms", "Licence of the weights: see LICENSE_WEIGHTS in their folder."),
+        ("README.md", "---\nlicense: other\nlicense_name: my-own\n---", "Licence of the weights: my-own."),
+        ("README.md", "---\nlicense: apache-2.0\n---", "Licence of the weights: apache-2.0."),
+        ("README.md", "---\nlicense_link: [3]\n---", "The weights in use name no licence."),
+        ("notes.txt", "", "The weights in use name no licence."),
+    ],
+)
+def test_licence_line_comes_from_the_weights_folder(tmp_path, name, text, line):
+    (tmp_path / name).write_text(text)
+    assert licence_line(tmp_path) == line
+
+
+@pytest.mark.parametrize("name", ["mini", "nano"])
+def test_the_weights_that_come_with_the_code_are_under_its_licence_for_weights(name):
+    folder = WEIGHTS_FOLDER / name
+    assert "non-commercial research" in licence_line(folder)
+    assert LICENCE_FILE.read_text(encoding="utf-8") in licences(folder)
 
 
 def test_every_command_and_version_is_named():

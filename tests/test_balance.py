@@ -4,8 +4,11 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+import torch
 
 from app.balance import STEPS, Balance
+from app.cards import pack
+from vilex.codes import VilexCode
 from vilex.config import GenerationConfig
 
 pytest_plugins = ["tabs"]
@@ -36,6 +39,12 @@ def test_the_map_fills_row_by_row_and_ends_complete(tab, one):
         "1 token, TFG 1",
     ]
     assert "seed 5" in updates[-1][1] and any("step 11 of 40" in status for _, status in updates)
+
+
+def test_a_code_of_few_tokens_is_not_said_to_have_more(tab, pipeline):
+    word = {"word": pack(VilexCode(torch.ones(2, 8), pipeline.fingerprint)), "name": "A", "seed": 5}
+    captions = [text for _, text in list(tab.draw(**PROMPT | word))[-1][0]]
+    assert captions[:4] == ["1 token, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0"]
 
 
 def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture):

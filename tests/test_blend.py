@@ -98,6 +98,15 @@ def test_the_chosen_picture_becomes_the_word_of_a_card_and_draws_the_same(tab, c
     assert differ(again[0][0][0], Image.open(pictures[1][0])) <= 2
 
 
+def test_a_preview_is_no_word_yet(tab, cards):
+    words = [update[1] for update in fade(tab, cards)]
+    assert all(word == () for word in words[:-1]) and len(words[-1]) == 3
+    with pytest.raises(gr.Error, match="Draw the pictures to their end first"):
+        tab.use((), 1, "C")
+    with pytest.raises(gr.Error, match="Choose one of the pictures first"):
+        tab.use((), None, "C")
+
+
 @pytest.mark.parametrize(
     ("function", "changes", "message"),
     [

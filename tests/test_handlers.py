@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageChops
 
 from app import budget, ladder, polish, ui
-from app.cards import CardInput, pack, read_card, take_cards, unpack
+from app.cards import CardInput, pack, pack_polished, read_card, take_cards, unpack
 from app.handlers import Handlers, build_config, measure
 from vilex.codes import VilexCode, from_text, load_code
 from vilex.config import GenerationConfig
@@ -217,6 +217,22 @@ def test_a_code_takes_the_place_of_a_picture(handlers, upload):
     assert "7 slots for the picture" in handlers.plan("", word=word)[0]
     results = [draw(handlers, **kind)[-1][0] for kind in ({"upload": None, "word": word}, {"upload": upload})]
     assert [len(result) for result in results] == [2, 2]
+
+
+def test_a_ladder_from_a_code_has_no_more_rungs_than_the_code_tokens(handlers):
+    word = pack(VilexCode(torch.ones(2, 8), handlers.pipeline.fingerprint))
+    *places, _ = rebuild(handlers, None, word=word)[-1]
+    paths, texts = places[: ladder.MAX_RUNGS], places[ladder.MAX_RUNGS :]
+    assert [load_recipe(path).images[0].num_tokens for path in paths if path] == [1, 2]
+    assert [re.search("<strong>(.*)</strong>", text)[1] for text in texts if text] == ["1 token", "2 tokens"]
+
+
+def test_a_picture_drawn_from_a_word_does_not_say_that_a_photo_gives_it(handlers, upload):
+    code = VilexCode(torch.ones(2, 8), handlers.pipeline.fingerprint)
+    polished = pack_polished(code, upload, "crop")
+    for picture, word, fit in ((None, pack(code), ""), (upload, polished, ""), (upload, "", "crop")):
+        [(path, _), _] = draw(handlers, picture, word=word)[-1][0]
+        assert load_recipe(path).images[0].fit == fit
 
 
 def test_a_code_of_another_model_is_refused(handlers):
@@ -444,7 +460,9 @@ def test_a_polished_picture_is_drawn_from_its_word_and_is_still_there(handlers, 
     read = read_card(handlers.pipeline, card, full=True)
     assert torch.equal(read.vilex_tokens, unpack(word).vilex_tokens)
     assert not torch.equal(read.vilex_tokens, read_card(handlers.pipeline, replace(card, word="")).vilex_tokens)
-    assert read.image is not None and read.source == "my-corner"
+    assert read.image is not None and read.source == "my-corner" and not read.is_encoded
+    [refitted] = take_cards({"picture": upload, "word": word, "fit": "pad"})
+    assert refitted.is_encoded  # since the word was polished for the other fit
     assert "22 slots for the picture" in handlers.plan("", picture=upload, word=word)[0]
 
 
@@ -482,16 +500,3 @@ def test_page_offers_named_endpoints_that_share_one_queue(handlers):
     assert {f.name for f in fields(GenerationConfig)} | {"picture", "picture_4", "name_2", "weight_3"} <= parameters
     assert all(f.fn.__doc__ or f.fn.func.__doc__ for f in demo.fns.values() if f.api_name in names)
     assert demo.delete_cache == (3600, 86400)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "line"),
-    [
-        ("LICENSE_WEIGHTS", "terms", "non-commercial research"),
-        ("README.md", "---\nlicense: other\nlicense_name: my-own\n---", "Licence of the weights: my-own."),
-        ("notes.txt", "", "The weights in use name no licence."),
-    ],
-)
-def test_licence_line_comes_from_the_weights_folder(tmp_path, name, text, line):
-    (tmp_path / name).write_text(text)
-    assert line in ui.weights_licence(tmp_path)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from app.cards import pack
+from app.cards import pack, pack_polished
+from app.handlers import Handlers
 from app.inspector import Inspector, attention_of, legend, overlay, words_table
 from app.workbench import read_one
 from vilex.codes import VilexCode
+from vilex.pipeline import VilexPipeline
 
 pytest_plugins = ["tabs"]
 A = {"card": "A", "token": 0}
@@ -78,6 +80,15 @@ def test_a_card_that_came_as_a_code_has_words_but_no_map(tab, pipeline):
     words, picture, said, _ = tab.inspect(**A | code)
     assert words.count('<th scope="row">') == 2 and picture is None and "came as a code" in said
     assert tab.look(**A | code)[0] is None
+
+
+def test_a_polished_picture_of_a_model_without_encoder_has_words_but_no_map(handlers, cards):
+    bare = Handlers(VilexPipeline(handlers.pipeline.t2i, name="bare"))
+    code = VilexCode(torch.ones(2, 8), bare.pipeline.fingerprint)
+    word = {"picture": cards["picture"], "word": pack_polished(code, cards["picture"], "crop")}
+    words, picture, said, _ = Inspector(bare).inspect(**A | word)
+    assert words.count('<th scope="row">') == 2 and picture is None and "has no encoder" in said
+    bare.engine.close()
 
 
 def test_another_token_gives_another_map(tab, cards):

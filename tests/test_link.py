@@ -110,7 +110,6 @@ def test_without_weights_there_is_no_link(empty):
         ({"config": {"num_inference_steps": 1000}}, "num_inference_steps must be between 1 and 100, got 1000"),
         ({"config": {"wings": 2}}, "unknown entry 'wings'"),
         ({"image": {"weight": 9}}, "weight must be between 0 and 2, got 9"),
-        ({"image": {"name": "two words"}}, "a picture's name is a letter"),
         ({"image": {"name": "B"}}, "two pictures are called 'B'"),
         ({"image": {"code": "vilex-2:abc:AAAA"}}, "the code is damaged"),
         ({"image": {"code": "hello"}}, "a code starts with 'vilex-2:'"),

@@ -58,6 +58,8 @@ KINDS = ("bert", "clip-eos", "clip-largest", "t5")
         ("<image:2> in <image:1>", 2, (), [1, " in ", 0]),
         ("a [corgi] riding [bike]", 2, ("corgi", "bike"), ["a ", 0, " riding ", 1]),
         ("a [corgi]", 1, (), [0, "a [corgi]"]),
+        ("[1] riding [my bike.v2]", 2, ("1", "my bike.v2"), [0, " riding ", 1]),
+        ("[a <image> here]", 1, (), ["[a ", 0, " here]"]),
         ("<image:2>", 2, (), [0, 1]),
         ('<image> - "snow" + "sand", at night', 1, (), [0, ", at night"]),
         ('a [corgi]-"snow" on “ice”', 1, ("corgi",), ["a ", 0, " on “ice”"]),

@@ -2,6 +2,8 @@
 
 import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app import pictures, restore, sources
-from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, unpack
+from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, unpack
 from app.handlers import Handlers
 from app.restore import Page
 from vilex.codes import load_code
@@ -77,6 +79,20 @@ def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page
     assert named(page, restore.bring_back(page, path, cleared={0}))["picture"] is None
 
 
+@pytest.mark.parametrize("name", ["two words", "20240312_101010", "dog+cat", ""])
+def test_a_name_that_no_prompt_can_use_becomes_the_letter_of_its_card(handlers, page, upload, told, name):
+    recipe = load_recipe(draw(handlers, upload))
+    images = tuple(replace(recipe.images[0], name=each) for each in (name, "corgi"))
+    values = restore.from_recipe(handlers, replace(recipe, images=images))
+    assert (values["name"], values["name_2"]) == ("A", "corgi")
+
+
+def test_a_result_of_tokens_that_no_picture_gives_asks_for_the_word(handlers, page, upload, told):
+    word = pack_polished(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), upload, "crop")
+    restore.bring_back(page, draw(handlers, upload, word=word))
+    assert told[0].endswith("A was drawn from tokens that are not in the file: open them again as a word.")
+
+
 def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload, told):
     path, _ = handlers.encode(picture=upload, num_tokens=7)
     values = named(page, restore.open_file(page, path, [True, False, False, False]))
@@ -120,14 +136,24 @@ def test_a_refresh_brings_prompt_settings_pictures_and_results_back(handlers, pa
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "dropped"),
     [
-        {"prompt": 3}, {"prompt": "x" * 2000}, {"seed": "1"}, {"view": "huge"}, {"weight": 9}, {"name_2": "two words"},
-        {"gallery": [3]}, {"gallery": [{"image": None}]}, {"num_tokens": None},
+        ({"prompt": 3}, {"prompt": ""}), ({"prompt": "x" * 2000}, {"prompt": ""}), ({"seed": "1"}, "seed"),
+        ({"seed": None}, "seed"), ({"view": "huge"}, "view"), ({"weight": 9}, "weight"), ({"fit": []}, "fit"),
+        ({"name_2": "two words"}, "name_2"), ({"num_tokens": None}, "num_tokens"), ({"word": 7}, "word"),
+        ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance_high"), ({"gallery": [3]}, {"gallery": []}),
+        ({"gallery": [{"image": None}]}, {"gallery": []}), ({"history": "all"}, {"history": []}),
     ],
 )  # fmt: skip
-def test_a_memory_that_was_tampered_with_is_left_alone(page, upload, changes):
-    assert named(page, restore.remember(page, saved(upload, **changes))) == {}
+def test_a_value_that_does_not_hold_costs_only_itself(page, upload, changes, dropped):
+    """Such as a name or a number that is half typed, or what another version or somebody else wrote."""
+    whole = named(page, restore.remember(page, saved(upload)))
+    values = named(page, restore.remember(page, saved(upload, **changes)))
+    expected = whole | (dropped if isinstance(dropped, dict) else {})
+    expected |= {name: value for name, value in changes.items() if name == "guidance_low"}
+    expected = {name: value for name, value in expected.items() if name != dropped}
+    seen, before = values.pop("seen_0"), expected.pop("seen_0")
+    assert values == expected and seen.tobytes() == before.tobytes()
 
 
 def test_a_file_that_is_no_picture_costs_only_itself(page, upload):
@@ -138,9 +164,14 @@ def test_a_file_that_is_no_picture_costs_only_itself(page, upload):
     assert values["shown"] == [True, True, False, False]
 
 
-@pytest.mark.parametrize("memory", [None, {}, [], "text", {"prompt": "alone"}])
+@pytest.mark.parametrize("memory", [None, {}, [], "text"])
 def test_no_memory_is_a_fresh_page(page, memory):
     assert named(page, restore.remember(page, memory)) == {}
+
+
+def test_a_memory_of_an_older_page_brings_back_what_it_has(page):
+    values = named(page, restore.remember(page, {"prompt": "alone"}))
+    assert values["prompt"] == "alone" and values["picture"] is None and "seed" not in values
 
 
 def test_files_outside_the_cache_are_never_given_out(page, upload, tmp_path):
@@ -194,13 +225,18 @@ def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
 
 
 def test_a_polished_word_leaves_the_picture_in_its_card_until_it_is_fitted_anew(handlers, upload):
-    word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), polished=True)
-    picture, _, shown, _, seen, _, note, _ = sources.word_arrives(handlers, 0, word, [True, False, False, False])
+    word = pack_polished(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), upload, "crop")
+    arrives = partial(sources.word_arrives, handlers, 0, word, [True, False, False, False])
+    picture, _, shown, _, seen, _, note, _ = arrives(upload, "crop")
     assert picture == seen == gr.skip() and shown == [True, False, False, False]
     assert "Polished: 2 tokens fitted to this picture." in note
     seen, kept, note = sources.refit(handlers, upload, "pad", word)
     assert seen.size == (32, 32) and (kept, note) == ("", "")
     assert sources.refit(handlers, None, "pad", "another word")[1:] == (gr.skip(), gr.skip())
+    assert sources.refit(handlers, upload, "pad", "")[1:] == (gr.skip(), gr.skip())
+    with pytest.warns(UserWarning, match="the picture has changed since its tokens were polished"):
+        assert arrives(upload, "pad")[5:7] == ("", "")  # which changed while it was polished
+    assert "It has no picture to show" in arrives(None, "crop")[6]
 
 
 @pytest.mark.parametrize(

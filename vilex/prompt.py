@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _TERM = r'\s*([-−–+])\s*["“”]([^"“”]+)["“”]'  # phones write other dashes and quotes than keyboards
-_SLOT = re.compile(rf"(?:<image(?::(\d+))?>|\[([A-Za-z][\w-]*)\])((?:{_TERM})*)")
+_SLOT = re.compile(rf"(?:<image(?::(\d+))?>|\[([^][<>]+)\])((?:{_TERM})*)")
 _override_lock = threading.RLock()
 
 

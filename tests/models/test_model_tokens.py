@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.balance import Balance
 from app.handlers import Handlers
+from app.workbench import side_by_side
 from train.presets import PRESETS
 from train.train_vilex import build_model
 from vilex.config import GenerationConfig
@@ -146,6 +147,12 @@ def test_a_pooler_may_have_as_many_queries_as_a_prompt_has_positions(case):
     assert pipeline.encode(picture).shape == (1, 150, case.t2i.text_width)
     handlers = Handlers(pipeline)
     assert handlers.max_tokens == 150 and Balance(handlers).budgets == (1, 4, 16, 75, 150)
+    tokens = pipeline.encode(picture)[0]
+    rows = side_by_side(pipeline, [[tokens[:75]], [tokens]], GenerationConfig())
+    for row, length in enumerate((75, 150)):
+        alone = pipeline.conditions("", [tokens[:length]], GenerationConfig(num_tokens=150)).image.prompt_embeds[0]
+        torch.testing.assert_close(rows.image.prompt_embeds[row], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(*rows.image.prompt_embeds)
     handlers.engine.close()
     few, many = (
         pipeline.generate("<image>", [picture], GenerationConfig(num_tokens=n, num_inference_steps=2))
