@@ -1,4 +1,4 @@
-"""Both trainers, four steps on a tiny table in one process and in two: what test_processes compares.
+"""All trainers, a few steps on a tiny table in one process and in two: what test_processes compares.
 
 python tests/both_ways.py FOLDER
 """
@@ -21,17 +21,18 @@ from accelerate.state import AcceleratorState, PartialState
 from builders import build_bert, build_tokenizer
 from training import reset_accelerate, write_table, write_table_as_shards
 
-from train import run, train_t2i, train_vilex
+from train import ablate, run, train_t2i, train_vilex
 from train.presets import PRESETS
 from train.state import TrainState
 from vilex.config import GenerationConfig
 
-MAINS = {"t2i": train_t2i.main, "vilex": train_vilex.main}
+MAINS = {"t2i": train_t2i.main, "vilex": train_vilex.main, "ablate": ablate.main}
 
 
 def write_inputs(folder: Path) -> None:
     """A table, a text encoder and a random text-to-image model."""
     write_table(folder / "pictures.parquet")
+    write_table(folder / "held-out.parquet")
     write_table_as_shards(folder / "pictures.parquet", folder / "shards", 3)
     tokenizer = build_tokenizer("bert")
     torch.manual_seed(0)
@@ -52,7 +53,9 @@ def train(kind: str, folder: Path, out: str, *ways: str) -> None:
         arguments += ["--data", folder / "shards", "--stream", "1"]
     else:
         arguments += ["--data", folder / "pictures.parquet"]
-    arguments += ["--t2i", folder / "t2i"] if kind == "vilex" else []
+    arguments += ["--t2i", folder / "t2i"] if kind != "t2i" else []
+    if kind == "ablate":
+        arguments += ["--rows", "blocks-2,image-only", "--max-steps", "2", "--validation", folder / "held-out.parquet"]
     if "split" in ways:
         run.Accelerator = build_splitting_accelerator
     if "halt" in ways:
@@ -100,9 +103,10 @@ if __name__ == "__main__":
         module.GenerationConfig = partial(GenerationConfig, num_inference_steps=1)  # what samples show is random here
     folder = Path(sys.argv[1])
     write_inputs(folder)
-    for kind in MAINS:
+    for kind in ("t2i", "vilex"):
         in_processes(1, kind, folder, "one")
         in_processes(2, kind, folder, "two")
+    in_processes(2, "ablate", folder, "two")
     in_processes(1, "t2i", folder, "stream-one", "stream")
     in_processes(2, "t2i", folder, "stream-two", "stream", "halt")
     in_processes(2, "t2i", folder, "stream-two", "stream")

@@ -18,6 +18,7 @@ from train.train_vilex import VilexRun
 from vilex.prompt import ComposedPrompt
 
 TINY = PRESETS["tiny"]
+HELD_OUT = ["--validation", "held-out.parquet"]
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def files(tmp_path, monkeypatch) -> Path:
     reset_accelerate()
     monkeypatch.setattr(VilexRun, "write_ladders", lambda run, path: None)
     write_table(tmp_path / "pictures.parquet")
+    write_table(tmp_path / "held-out.parquet")
     torch.manual_seed(0)
     tokenizer = build_tokenizer("bert")
     tokenizer.save_pretrained(tmp_path / "text")
@@ -42,7 +44,7 @@ def arguments(files: Path, rows: str, *more: object) -> list[object]:
 
 def ablation(files: Path, rows: str, *more: object) -> dict[str, dict]:
     """The table after the command."""
-    succeed(ablate.main, *arguments(files, rows, "--validation", files / "pictures.parquet", *more))
+    succeed(ablate.main, *arguments(files, rows, "--validation", files / "held-out.parquet", *more))
     return json.loads((files / "out" / "ablations.json").read_text())
 
 
@@ -110,21 +112,23 @@ def test_each_row_changes_one_thing():
 
 
 def test_dry_run_leaves_nothing(files):
-    more = ["--validation", files / "pictures.parquet", "--dry-run"]
+    more = ["--validation", files / "held-out.parquet", "--dry-run"]
     succeed(ablate.main, *arguments(files, "blocks-2", *more))
     assert not (files / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("rows", "validated", "message"),
+    ("rows", "more", "message"),
     [
-        ("blocks", True, "a row is blocks-N, tokens-N, no-taildrop or image-only, got 'blocks'"),
-        ("blocks-9", True, "num_blocks must be between 1 and 8, got 9"),
-        ("blocks-2", False, "--validation is needed"),
+        ("blocks", HELD_OUT, "a row is blocks-N, tokens-N, no-taildrop or image-only, got 'blocks'"),
+        ("blocks-9", HELD_OUT, "num_blocks must be between 1 and 8, got 9"),
+        ("blocks-2", [], "--validation is needed"),
+        ("blocks-2", [*HELD_OUT, "--minutes", "3"], "give --max-steps, not --minutes 3"),
+        ("blocks-2", ["--validation", "pictures.parquet"], "pictures.parquet is both in --data and in --validation"),
     ],
 )
-def test_mistakes_get_one_sentence(files, rows, validated, message):
-    more = ["--validation", files / "pictures.parquet"] if validated else []
-    result = invoke(ablate.main, *arguments(files, rows, *more))
+def test_mistakes_get_one_sentence(files, rows, more, message, monkeypatch):
+    monkeypatch.chdir(files)
+    result = invoke(ablate.main, *arguments(files, rows, *more, "--data", "pictures.parquet"))
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

@@ -156,6 +156,14 @@ def test_shard_pairs_pictures_with_text_and_json(tmp_path):
     ]  # fmt: skip
 
 
+def test_each_of_several_processes_reads_a_whole_shard(tmp_path, monkeypatch):
+    write_shard(tmp_path / "s.tar", {"1.png": encode(halves(), "png"), "2.png": encode(halves(), "png")})
+    alone = load_pictures(tmp_path / "s.tar", image_size=6)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert load_pictures(tmp_path / "s.tar", image_size=6).records == alone.records
+
+
 def test_hub_data_set_gives_label_names(monkeypatch):
     labels = datasets.ClassLabel(names=["cat", "polar_bear"])
     features = datasets.Features({"img": datasets.Image(), "label": labels, "text": datasets.Value("string")})
@@ -164,7 +172,8 @@ def test_hub_data_set_gives_label_names(monkeypatch):
     table = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or table)
     pictures = load_pictures("hub:some/animals", image_size=6)
-    assert asked == [("some/animals", "train")]
+    load_pictures("hub:some/animals@validation", image_size=6)
+    assert asked == [("some/animals", "train"), ("some/animals", "validation")]
     assert pictures.pixels.shape == (2, 3, 6, 6)
     assert pictures.records[0] == Record("some/animals:0", "some/animals", ("white",), "polar bear")
     assert pictures.records[1].label == "cat" and pictures.records[1].captions == ()

@@ -290,6 +290,17 @@ def test_a_setting_is_trained_saved_and_not_trained_again(files):
     (files / "out" / "01" / "model.safetensors").unlink()
     succeed(finetune_paligemma.main, *command)
     assert not (files / "out" / "01" / "model.safetensors").exists()
+    refused = invoke(finetune_paligemma.main, *command, "--tokens", 1)
+    assert refused.exit_code == 2 and "holds a run with other settings (tokens)" in " ".join(refused.output.split())
+
+
+def test_a_seed_says_all_that_is_random(files):
+    losses = []
+    for out, seed in (("one", 3), ("two", 3), ("other", 4)):
+        more = ["--task", "cococap", "--setting", 2, "--seed", seed, "--out", files / out]
+        succeed(finetune_paligemma.main, *arguments(files, *more))
+        losses.append(json.loads((files / out / "02" / "metrics.json").read_text())["validation_loss"])
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_dry_run_lists_the_grid(files):

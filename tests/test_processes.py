@@ -63,6 +63,12 @@ def test_weights_of_a_split_run_are_whole(how, runs):
         assert not len(difference) or difference.abs().max() < 2e-3, name  # they are in half precision
 
 
+@pytest.mark.skipif(not HAS_GLOO, reason="torch is built without gloo")
+def test_two_processes_train_one_row_after_the_other(runs):
+    rows = json.loads((runs / "ablate" / "two" / "ablations.json").read_text())
+    assert list(rows) == ["blocks-2", "image-only"] and all(row["steps"] == 2 for row in rows.values())
+
+
 def test_split_trees_keep_what_is_not_split():
     tree = {"module": {"a": torch.ones(2)}, "list": [torch.zeros(1), 3], "step": 4}
     assert_same(gather(tree), tree)

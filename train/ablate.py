@@ -131,6 +131,8 @@ def main(
     with usage_errors():
         if not validation:
             raise ValueError("the table holds losses on held-out pictures: --validation is needed")
+        if minutes is not None:
+            raise ValueError(f"rows are compared after as many steps: give --max-steps, not --minutes {minutes:g}")
         wanted = parse_rows(rows, PRESETS[preset], override(PRESETS[preset].vilex, overrides))
         finished = read_table(out)
         left = [row for row in wanted if finished.get(row.name, {}).get("settings") != row.settings()]
@@ -142,14 +144,15 @@ def main(
         with usage_errors():
             tower = read_encoder_init(None, None, None, config.seed, recipe.encoder_init)
             model = build_model(recipe, t2i, seed=config.seed, pretrained=tower.pretrained)
-            options = RunOptions(
-                row.folder(out), accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes
-            )
+            options = RunOptions(row.folder(out), accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream)
             run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil)
             run.resume()
         run.run()
         if run.accelerator.is_main_process and not dry_run:
             write_table(out, row, parameter_count(run.module))
+        run.accelerator.free_memory()
+    if left:
+        run.accelerator.end_training()
     if (out / _MARKDOWN).is_file():
         click.echo((out / _MARKDOWN).read_text(encoding="utf-8"))
 

@@ -79,6 +79,7 @@ def save_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A sweep.json: each arm's own best guidance and steps, in place of the three above.",
 )
+@click.option("--taught", is_flag=True, help="EfficientNet-lite2 has taught these weights, so it does not judge them.")
 @click.option("--arms", default=",".join(DEFAULT_ARMS), show_default=True)
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder of samples, to go on from.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
@@ -92,6 +93,7 @@ def main(
     guidance: float | None,
     text_guidance: float | None,
     sweep: Path | None,
+    taught: bool,
     arms: str,
     keep: Path | None,
     batch_size: int,
@@ -111,7 +113,7 @@ def main(
         size = pipeline.t2i.image_size
         pictures = load_pictures(list(data), image_size=size, limit=limit)
         training = load_pictures(list(gallery), image_size=size, limit=gallery_limit) if gallery else None
-        judge = Judge(pictures, training, str(pipeline.device))
+        judge = Judge(pictures, training, str(pipeline.device), both=not taught)
     began = time.perf_counter()
     samples = {name: draw_arm(pipeline, pictures, name, configs[name], batch_size, keep) for name in names}
     metrics = {name: judge.measure(levels) for name, levels in samples.items()}

@@ -11,7 +11,7 @@ task's grid is trained from the start into its own folder; a finished one is lef
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from train.run import require_even_shares, start, usage_errors
 from train.state import step_generator
 from train.transfer import TASKS, FinetuneConfig
 from vilex.checkpoint import find_weights
+from vilex.codes import fingerprint
 from vilex.model import load_vilex
 
 log = logging.getLogger(__name__)
@@ -133,10 +134,21 @@ class Finetuning:
         return sum(losses) / len(held_out.pictures)
 
 
-def finetune(run: Finetuning, held_out: Questions, out: Path) -> None:
-    """Trains one setting and writes the model, then metrics.json, which says that it is finished."""
+def is_finished(folder: Path, about: Mapping[str, object]) -> bool:
+    """Whether the run of this setting is there already. Raises ValueError where another run is."""
+    path = folder / METRICS_NAME
+    if not path.is_file():
+        return False
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name, value in about.items() if before.get(name) != value]:
+        raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); give another --out")
+    return True
+
+
+def finetune(run: Finetuning, held_out: Questions, out: Path, about: Mapping[str, object]) -> None:
+    """Trains one setting and writes the model, then metrics.json, which says that it is finished, and with what."""
     last_loss = run.run()
-    metrics = run.config.to_dict() | {"steps": run.steps, "last_loss": last_loss}
+    metrics = {**about, "steps": run.steps, "last_loss": last_loss}
     metrics["validation_loss"] = run.validation_loss(held_out)
     if run.accelerator.is_main_process:
         save_paligemma(run.module, out)
@@ -173,7 +185,7 @@ def choose(settings: Sequence[FinetuneConfig], setting: int | None) -> dict[int,
 @click.option("--paligemma", required=True, help="PaliGemma: a folder or a hub id.")
 @click.option("--model", help="ViLex weights: a folder, a name in assets/weights or a hub id.")
 @click.option("--tokens", type=int, default=16, show_default=True, help="ViLex tokens per grid; 0: patch tokens alone.")
-@click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME.")
+@click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME[@SPLIT].")
 @click.option("--validation", multiple=True, required=True, help="Held-out pictures, read like --data.")
 @click.option("--limit", type=click.IntRange(min=1), help="Read only this many pictures of each.")
 @click.option("--setting", type=int, help="Only this one of the grid; --dry-run lists them.")
@@ -211,19 +223,23 @@ def main(
         accelerator = build_accelerator(chosen[min(chosen)], accumulate, fp32)
         weights = Path(find_weights(model))
         tower, (tokenizer, base) = VilexTower(load_vilex(weights), tokens), read_base(paligemma)
-        pictures = (load_pictures(list(d), image_size=tower.image_size, limit=limit) for d in (data, validation))
+        pictures = [load_pictures(list(d), image_size=tower.image_size, limit=limit) for d in (data, validation)]
+        shared = {"task": task, "paligemma": paligemma, "vilex": fingerprint(tower.vilex), "tokens": tokens}
+        shared |= dict(zip(("data", "validation"), (p.fingerprint() for p in pictures), strict=True))
         questions, held_out = (
             Questions(p.to(accelerator.device), TASKS[task].prompt, tokenizer, base.image_token_id, tower.num_positions)
             for p in pictures
         )
     for number, config in chosen.items():
-        folder = out / f"{number:02d}"
-        if (folder / METRICS_NAME).is_file():
-            log.info("%s is finished", folder)
-            continue
+        folder, about = out / f"{number:02d}", shared | config.to_dict()
         with usage_errors():
+            if is_finished(folder, about):
+                log.info("%s is finished", folder)
+                continue
+            torch.manual_seed(seed)  # of what starts anew
             network = load_base(paligemma, load_vilex(weights), tokens)
-        finetune(Finetuning(network, config, questions, accelerator), held_out, folder)
+        torch.manual_seed(seed + accelerator.process_index)  # of dropout
+        finetune(Finetuning(network, config, questions, accelerator), held_out, folder, about)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from train.judge import Judge
 from train.report import LoadPipeline, Numbers, measuring_options, provenance, save_report, save_sheet
 from train.run import usage_errors
 from train.subjects import content_caption
-from vilex.config import MAX_TOKENS, Config, GenerationConfig, setting
+from vilex.config import MAX_TOKENS, Config, GenerationConfig, Range, check_range, setting
 from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.pipeline import VilexPipeline
 from vilex.polish import spell
@@ -180,9 +180,11 @@ def main(
         inversion, names = InversionConfig(**settings), parse_arms(arms)
         config = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
         pipeline = load()
-        require_arms(pipeline, [*names, *map(str, tokens)])
+        require_arms(pipeline, names)
+        for count in tokens:  # free ones, which need no encoder
+            check_range("tokens", count, Range(1, pipeline.t2i.max_tokens))
         pictures = load_pictures(list(data), image_size=pipeline.t2i.image_size, limit=limit)
-        judge = Judge(pictures, None, str(pipeline.device), quick=True)
+        judge = Judge(pictures, None, str(pipeline.device))
     found, seconds = {}, {}
     for count in tokens:
         results = invert_all(pipeline, pictures, count, snapshots, inversion)

@@ -47,12 +47,15 @@ def match_classes(records: Sequence[Record], gallery: Sequence[Record]) -> Class
 class Judge:
     """The measuring nets and what they see in the real pictures."""
 
-    def __init__(self, pictures: Pictures, gallery: Pictures | None, device: str, quick: bool = False) -> None:
-        """quick: VGG16 and LPIPS alone. Raises ValueError for one picture, FileNotFoundError where a net is missing."""
+    def __init__(self, pictures: Pictures, gallery: Pictures | None, device: str, both: bool = False) -> None:
+        """both: EfficientNet-lite2 judges beside VGG16 and LPIPS; it must not judge what it has taught.
+
+        Raises ValueError for one picture, FileNotFoundError where a net is missing.
+        """
         if len(pictures) < 2:
             raise ValueError("distances need at least 2 pictures, got 1")
         self.device = device
-        self.nets: list[Extractor] = [load_vgg()] if quick else [load_vgg(), load_efficientnet()]
+        self.nets: list[Extractor] = [load_vgg(), load_efficientnet()] if both else [load_vgg()]
         self.lpips = load_lpips("alex").to(device)
         self.real = to_levels(pictures.batch(torch.arange(len(pictures))).cpu())
         self.real_features = {net.key: extract_features(net, self.real, device=device) for net in self.nets}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from train.data import sha256
 from train.run import start
+from train.sources import expand
 from vilex.config import Range, check_range
 from vilex.images import contact_sheet, from_levels, to_images
 from vilex.pipeline import VilexPipeline
@@ -71,9 +72,14 @@ def provenance(pipeline: VilexPipeline, tables: Sequence[str]) -> dict[str, Any]
         "fingerprint": pipeline.fingerprint,
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "tables": {Path(table).name: sha256(table) for table in tables if Path(table).is_file()},
+        "tables": table_hashes(tables),
         "environment": environment(),
     }
+
+
+def table_hashes(sources: Sequence[str]) -> dict[str, str]:
+    """SHA-256 of each file that the sources stand for, by its name."""
+    return {Path(part).name: sha256(part) for part in expand(sources) if Path(part).is_file()}
 
 
 def save_sheet(path: Path, samples: Mapping[str, Tensor], count: int) -> None:

@@ -21,6 +21,7 @@ from train.memory import checkpoint_gradients
 from train.presets import PRESETS, Preset, TrainConfig
 from train.sharding import start_adafactor
 from train.shards import ShardBatches, ShardLoader, Shards, Write, load_shards
+from train.sources import expand
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
@@ -55,7 +56,9 @@ _OPTIONS = (
         help="tiny: tests; nano: a CPU; mini: one GPU; midi: at 256 px; sd15, sd21, sdxl, sd3: Stable Diffusion with "
         "SigLIP, for a GPU node.",
     ),
-    click.option("--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards or hub:NAME."),
+    click.option(
+        "--data", multiple=True, required=True, help="Parquet tables, folders, .tar shards, hub:NAME[@SPLIT]."
+    ),
     click.option("--validation", multiple=True, help="Held-out pictures, read like --data."),
     click.option(
         "--stream",
@@ -148,7 +151,14 @@ def load_data(
     stream: int | None = None,
     workers: int = 1,
 ) -> tuple[Pictures | Shards, Pictures | None]:
-    """Training pictures, in shards with `stream`, and the held-out ones if any."""
+    """Training pictures, in shards with `stream`, and the held-out ones if any.
+
+    Raises ValueError when a part of one is a part of the other, and for workers beside those of `stream`.
+    """
+    if both := sorted(set(expand(data)) & set(expand(validation))):
+        raise ValueError(f"{both[0]} is both in --data and in --validation: what is learnt cannot be held out")
+    if stream is not None and workers > 1:
+        raise ValueError(f"--stream {stream} has workers of its own: leave --workers {workers} out")
     held_out = load_pictures(list(validation), image_size=image_size, limit=MAX_HELD_OUT) if validation else None
     if stream is not None:
         return load_shards(data, image_size, limit), held_out
@@ -323,7 +333,6 @@ class TrainingRun(ABC):
             if self.accelerator.is_main_process:
                 self.save_weights()
             self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
 
     def _sample(self) -> dict[str, float]:
         with self._evaluating(), self.accelerator.autocast():

@@ -51,6 +51,7 @@ def read_entries(source: str | os.PathLike | Sequence[str | os.PathLike]) -> Ite
 def expand(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """Files, folders of pictures and hub names that a source stands for, in a fixed order.
 
+    A hub name may end in @ and a split; without, the pictures are those of `train`.
     Raises: ValueError when a part of it does not exist.
     """
     if not isinstance(source, (str, os.PathLike)):
@@ -128,7 +129,7 @@ def _lines(text: str) -> list[str]:
 def _read_shard(path: Path) -> Iterator[Entry]:
     import webdataset
 
-    for sample in webdataset.WebDataset(str(path), shardshuffle=False):
+    for sample in webdataset.WebDataset(str(path), shardshuffle=False, nodesplitter=None):  # every process reads all
         if entry := shard_entry(sample, path):
             yield entry
 
@@ -149,10 +150,11 @@ def shard_entry(sample: Mapping[str, Any], path: Path) -> Entry | None:
     return Entry(_record(f"{path.name}:{sample['__key__']}", path.stem, fields), data)
 
 
-def _read_hub(name: str) -> Iterator[Entry]:
+def _read_hub(part: str) -> Iterator[Entry]:
     import datasets
 
-    table = datasets.load_dataset(name, split="train")
+    name, _, split = part.partition("@")
+    table = datasets.load_dataset(name, split=split or "train")
     columns = [column for column, feature in table.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"hub data set {name!r} must have a column of pictures, it has {', '.join(table.features)}")

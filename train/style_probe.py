@@ -167,7 +167,7 @@ def main(
         held_out = load_pictures(list(validation), image_size=size)
         pictures = load_pictures(list(validation), image_size=size, limit=limit)
         rows = has_other_style(pictures)
-        judge = Judge(pictures, None, str(pipeline.device), quick=True)
+        judge = Judge(pictures, None, str(pipeline.device))
         probe = StyleProbe(judge, load_pictures(list(data), image_size=size), per_style)
         real = probe.score_real(held_out, per_style)
     random_pair = judge.lpips_to(judge.real, judge.real.roll(1, 0))

@@ -107,7 +107,7 @@ def main(
         pipeline = load()
         require_arms(pipeline, names)
         pictures = load_pictures(list(data), image_size=pipeline.t2i.image_size, limit=limit)
-        judge = Judge(pictures, None, str(pipeline.device), quick=True)
+        judge = Judge(pictures, None, str(pipeline.device))
     rows = []
     for name, config in product(names, configs):
         began = time.perf_counter()

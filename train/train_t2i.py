@@ -246,6 +246,7 @@ def main(
         run = T2IRun(t2i, pictures, held_out, recipe, config, options, workers)
         run.resume()
     run.run()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

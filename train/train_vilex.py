@@ -293,6 +293,7 @@ def main(
         run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)
         run.resume()
     run.run()
+    run.accelerator.end_training()
 
 
 if __name__ == "__main__":

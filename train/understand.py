@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from train.data import Pictures, load_pictures, sha256
+from train.data import Pictures, load_pictures
 from train.judge import LABEL_SOURCES, match_classes
 from train.measures import RECALL_RANKS, caption_recall, chance_recall, knn_accuracy, linear_probe
+from train.report import table_hashes
 from train.run import start, usage_errors
 from vilex.checkpoint import find_weights, load_pretrained, weights_name
 from vilex.codes import fingerprint
@@ -263,7 +264,7 @@ def main(
         "model": weights_name(folder),
         "fingerprint": fingerprint(vilex),
         "pictures": exam.counts(),
-        "tables": {Path(path).name: sha256(path) for path in (*data, *validation) if Path(path).is_file()},
+        "tables": table_hashes((*data, *validation)),
         "seed": seed,
         "scores": scores,
         "seconds": round(time.perf_counter() - began),

@@ -10,6 +10,7 @@ from PIL import Image
 from train import arms, evaluate, judge
 from train.data import load_pictures
 from train.judge import Judge
+from train.report import table_hashes
 from vilex.config import GenerationConfig
 
 BEST = {"guidance_scale": 2.0, "guidance_low": 0.0, "num_inference_steps": 1}
@@ -35,6 +36,19 @@ def test_metrics_figure_and_samples_are_written(folder, stand_ins):
         assert sheet.width > 5 * 32
     with Image.open(folder / "out" / "metrics.png") as figure:
         assert figure.width > figure.height
+
+
+def test_a_net_that_has_taught_the_weights_does_not_judge_them(folder, stand_ins):
+    assert run(folder, "--taught", "--gallery", str(folder)).exit_code == 0
+    report = json.loads((folder / "out" / "metrics.json").read_text())
+    assert not any(key.startswith("kid_eff") or "_eff" in key for arm in report["arms"].values() for key in arm)
+    assert len(report["measures"]) == 2 and "fd_vgg" in report["arms"]["4"]
+
+
+def test_a_report_names_each_table_of_a_pattern(tmp_path):
+    for name in ("a.parquet", "b.parquet"):
+        (tmp_path / name).write_bytes(name.encode())
+    assert set(table_hashes([str(tmp_path / "*.parquet")])) == {"a.parquet", "b.parquet"}
 
 
 def test_an_arm_counts_once_and_in_plain_digits():
@@ -74,7 +88,7 @@ def test_a_sample_depends_on_its_picture_and_seed_not_on_its_batch(folder, pipel
 
 def test_perfect_samples_measure_zero(folder, stand_ins):
     pictures = load_pictures(folder, image_size=32)
-    own = Judge(pictures, None, "cpu")
+    own = Judge(pictures, None, "cpu", both=True)
     measured = own.measure(own.real)
     assert measured["lpips"] == 0
     assert measured["colour_error_16x16"] == 0

@@ -78,6 +78,15 @@ def test_every_way_is_in_the_report(folder, stand_ins):
         assert sheet.width > 7 * 32
 
 
+def test_a_model_without_encoder_is_inverted_too(folder, stand_ins, pipeline, monkeypatch):
+    monkeypatch.setattr(pipeline, "vilex", None)
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--steps", "1", "--draws", "1", "--limit", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--tokens", "1", "--snapshots", "1", "--arms", "text"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, [*arguments, "--tokens", "300", "--arms", "text"])
+    assert result.exit_code == 2 and "tokens must be between 1 and 22, got 300" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("--tokens", "x", "whole numbers between 1 and 511"), ("--tokens", "0", "whole numbers between 1 and 511"),

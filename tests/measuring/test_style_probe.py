@@ -72,7 +72,7 @@ def test_the_probe_knows_real_styles_and_rates_mixes(tables, tmp_path, stand_ins
 
 def test_perfect_mixes_are_recognised_and_a_picture_of_the_style_does_not_count(tables, stand_ins):
     pictures = load_pictures(tables[1], image_size=32)
-    probe = style_probe.StyleProbe(Judge(pictures, None, "cpu", quick=True), load_pictures(tables[0], image_size=32), 6)
+    probe = style_probe.StyleProbe(Judge(pictures, None, "cpu"), load_pictures(tables[0], image_size=32), 6)
     rows = style_probe.has_other_style(pictures)
     assert {int(mask.sum()) for mask in rows.values()} == {len(pictures) - 2}
     painted = {

@@ -30,6 +30,7 @@ def files(tmp_path_factory) -> SimpleNamespace:
     """A table of twelve pictures, a text encoder, and a random text-to-image model."""
     folder = tmp_path_factory.mktemp("train")
     write_table(folder / "pictures.parquet")
+    write_table(folder / "held-out.parquet")
     tokenizer = build_tokenizer("bert")
     torch.manual_seed(0)
     tokenizer.save_pretrained(folder / "text")
@@ -43,4 +44,5 @@ def files(tmp_path_factory) -> SimpleNamespace:
             if name.endswith("attn2.to_v.weight"):
                 parameter.mul_(5)
     t2i.save_pretrained(folder / "t2i", dtype=torch.float32)
-    return SimpleNamespace(data=folder / "pictures.parquet", text=folder / "text", t2i=folder / "t2i")
+    paths = {"data": "pictures.parquet", "held_out": "held-out.parquet", "text": "text", "t2i": "t2i"}
+    return SimpleNamespace(**{name: folder / path for name, path in paths.items()})

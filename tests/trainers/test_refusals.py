@@ -84,6 +84,7 @@ BAD = [
     (["--learning-rate", "nan"], "learning_rate must be a number, got nan"),
     (["--accumulate", "0"], "0 is not in the range x>=1"),
     (["--minutes", "3", "--max-steps", "5"], "--minutes 3 and --max-steps 5 both say where to end: give one"),
+    (["--stream", "1", "--workers", "2"], "--stream 1 has workers of its own: leave --workers 2 out"),
     (["--stream", "1"], "--stream reads .tar shards alone, got"),
 ]
 BAD_T2I = [(["--init-from", "/"], "/ holds no text-to-image model: model_index.json is missing")]

@@ -19,7 +19,7 @@ from vilex.pooler import sample_num_tokens
 
 
 def test_t2i_trains_and_writes_what_load_t2i_reads(files, tmp_path):
-    succeed("t2i", files, tmp_path, "--validation", str(files.data))
+    succeed("t2i", files, tmp_path, "--validation", str(files.held_out))
     t2i = load_t2i(tmp_path / "t2i", str(files.text))
     average = dict(
         zip(dict(t2i.denoiser.named_parameters()), checkpoint(tmp_path)["ema"]["shadow_params"], strict=True)
@@ -39,7 +39,7 @@ def test_t2i_trains_and_writes_what_load_t2i_reads(files, tmp_path):
 
 
 def test_vilex_trains_and_writes_what_the_pipeline_reads(files, tmp_path):
-    succeed("vilex", files, tmp_path, "--validation", str(files.data))
+    succeed("vilex", files, tmp_path, "--validation", str(files.held_out))
     pipeline = VilexPipeline.from_pretrained(
         str(tmp_path / "weights"), device="cpu", dtype="float32", text_encoder=str(files.text)
     )
