@@ -88,7 +88,8 @@ class Blend:
         pipeline, tokens, clock = self.handlers.ready(), list(words.values()), Clock(config.num_inference_steps)
         conditions = side_by_side(pipeline, [[each] for each in tokens], config)
         for images, status in self.handlers.watch(conditions, config, [config.seed] * len(tokens), clock, what):
-            yield gr.skip() if images is None else images, (), None, status  # previews are no words yet
+            shown = (gr.skip(),) * 3 if images is None else (images, (), None)  # previews are no words yet
+            yield *shown, status
         recipes = recipes_of(pipeline, tokens, config, embed)
         names = [f"vilex-{what.lower()}-{i}-seed-{config.seed}" for i in range(1, len(tokens) + 1)]
         paths = self.handlers.save(images, names, recipes, view)

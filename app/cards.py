@@ -25,7 +25,8 @@ _DEFAULTS = {"picture": None, "word": "", "name": "", "weight": 1.0, "num_tokens
 CARD_FIELDS = tuple(_DEFAULTS)
 _FILE = "vilex-file:"
 _POLISHED = "vilex-polished:"  # then the mark of the picture beside it, which stays there, and its file
-_NAME = re.compile(r"[A-Za-z][\w-]{0,39}")
+MAX_NAME_CHARS = 80
+_NAME = re.compile(rf"[^][<>\n]{{1,{MAX_NAME_CHARS}}}")  # what a prompt can have in brackets
 
 Upload = dict[str, Any] | None  # what gradio knows of an uploaded file; its path lies inside gradio's cache
 
@@ -88,7 +89,7 @@ def check_card(card: CardInput) -> CardInput:
         raise ValueError(f"a picture's code must be text, got {type(card.word).__name__}")
     if not isinstance(card.name, str) or (card.name and not _NAME.fullmatch(card.name)):
         raise ValueError(
-            f"a picture's name is a letter, then letters, digits, - or _, at most 40; got {card.name!r:.60}"
+            f"a picture's name has 1 to {MAX_NAME_CHARS} characters and neither square nor angle brackets; got {card.name!r:.60}"
         )
     check_range("weight", card.weight, WEIGHT_RANGE)
     check_range("num_tokens", card.num_tokens, range_of(GenerationConfig, "num_tokens"))

@@ -174,7 +174,6 @@ class Compare:
 
     def _conditions(self, arm: str, words: str, tokens: Tensor, config: GenerationConfig) -> Conditions:
         pictures = [] if arm == WORDS else [tokens[: self.arms[arm]]]
-        config = dataclasses.replace(config, num_tokens=len(tokens))
         return self.handlers.ready().conditions("" if pictures else words, pictures, config)
 
 

@@ -149,7 +149,7 @@ def use(handlers: Handlers, index: int, budgets: str) -> tuple:
     """The token count of that rung, for every card, and the status."""
     with in_words():
         count = parse_budgets(budgets, handlers.max_tokens)[index]
-    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with {rung_name(count)}.")
+    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with at most {rung_name(count)}.")
 
 
 def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:

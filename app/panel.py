@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import gradio as gr
 from gradio.components import Component
 
-from app.cards import MAX_CARDS, NAMES
+from app.cards import MAX_CARDS, MAX_NAME_CHARS, NAMES
 from app.handlers import VIEWS, Handlers
 from app.polish import build_polish
 from app.presets import build_presets, wire_presets
@@ -118,7 +118,7 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
                     label="What the encoder sees", elem_id=f"fit-{letter}",
                 )  # fmt: skip
             name = gr.Textbox(
-                letter, label="Name in the prompt", info=f"Write it in brackets: [{letter}]", max_length=40
+                letter, label="Name in the prompt", info=f"Write it in brackets: [{letter}]", max_length=MAX_NAME_CHARS
             )
             source = gr.Textbox("", label=_SOURCE, elem_id=f"source-{letter}")
             remove = gr.Button(f"Remove picture {letter}", size="sm", visible=index > 0)

@@ -78,8 +78,8 @@ def _card_values(index: int, image: RecipeImage | None, is_cleared: bool) -> Val
     own: Values = {}
     if image is not None:
         own |= {"num_tokens": image.num_tokens, "name": usable_name(image.name, index)}
-        # a code has the weight in it
-        own |= {"weight": 1.0} if image.code else {"weight": image.weight, "fit": image.fit or "crop"}
+        own["weight"] = 1.0 if image.code else image.weight  # a code has it in it
+        own |= {"fit": image.fit} if image.fit and not image.code else {}
     if image is None or image.code or is_cleared:
         own |= {"picture": None, "word": image.code if image else ""}
     values = {card_key(name, index): value for name, value in own.items()}
@@ -95,11 +95,10 @@ def _tell_restored(recipe: Recipe, handlers: Handlers) -> None:
     """Says what is back, and not in the status line, which belongs to what is being drawn."""
     text = "The settings are back, the seed is kept."
     lost = {NAMES[i]: image.fit for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code}
-    if missing := [name for name, fit in lost.items() if fit]:
-        which = f"Picture {missing[0]} is" if len(missing) == 1 else f"Pictures {' and '.join(missing)} are"
-        text += f" {which} not in the file: drop it in again, unless the card still holds it."
-    if missing := [name for name, fit in lost.items() if not fit]:
-        text += f" {' and '.join(missing)} was drawn from tokens that are not in the file: open them again as a word."
+    again = "again, unless the card still holds it"
+    for name, fit in lost.items():
+        how = f"drop it in {again}" if fit else f"it was a word, open that {again}"
+        text += f" Picture {name} is not in the file: {how}."
     other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
     tell(f"{text} {other}.".replace(" .", "") if other else text)
 

@@ -57,7 +57,6 @@ def side_by_side(
     names: Sequence[str] = (),
 ) -> Conditions:
     """One prompt with other pictures in each row, as one batch: with one seed for all, they share their noise."""
-    config = replace(config, num_tokens=max(len(word) for words in rows for word in words))  # all that there are
     each = [pipeline.conditions(prompt, words, config, names) for words in rows]
     branches = {
         branch: Conditioning.concatenate([getattr(conditions, branch) for conditions in each])

@@ -129,6 +129,6 @@ def test_dry_run_leaves_nothing(files):
 )
 def test_mistakes_get_one_sentence(files, rows, more, message, monkeypatch):
     monkeypatch.chdir(files)
-    result = invoke(ablate.main, *arguments(files, rows, *more, "--data", "pictures.parquet"))
+    result = invoke(ablate.main, *arguments(files, rows, *more))
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

@@ -130,7 +130,20 @@ def test_the_table_holds_what_the_teacher_says_of_each_look(files, tmp_path):
         indices = torch.randperm(len(pictures))
         pixels = pictures.batch(indices, background_colours(seed, variant, indices))
         assert torch.allclose(table(indices, torch.full_like(indices, variant)), run.teacher(pixels), atol=0.02)
-    assert run._table_bytes() == FeatureTable(run.teacher, pictures, run.config.caption_variants, seed).features.nbytes
+
+
+def test_a_table_is_made_on_an_accelerator_that_can_hold_it(files, tmp_path, monkeypatch):
+    run = build_run(files, tmp_path, align_weight=1.0)
+    tables = []
+    monkeypatch.setattr(train_t2i, "FeatureTable", lambda *given: tables.append(FeatureTable(*given)) or tables[-1])
+    run._build_targets()
+    run.device = torch.device("cuda")  # only said: the pictures stay where they are
+    run._build_targets()
+    assert len(tables) == 1
+    for limit, made in ((tables[0].features.nbytes, 2), (tables[0].features.nbytes - 1, 2)):
+        monkeypatch.setattr(train_t2i, "RESIDENT_BYTES", limit)
+        run._build_targets()
+        assert len(tables) == made
 
 
 def test_alignment_loss_runs_from_0_for_parallel_to_2_for_opposite_features():

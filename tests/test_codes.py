@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import nn
@@ -37,7 +37,6 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor
     return (actual - expected).norm(dim=1) / expected.norm(dim=1)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 75), st.sampled_from([5, 384, 1024]), st.floats(-1, 3), st.integers(0, 10**6))
 def test_copied_tokens_are_off_by_less_than_one_percent(count, width, exponent, seed):
     generator = torch.Generator().manual_seed(seed)

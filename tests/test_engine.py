@@ -501,8 +501,10 @@ def test_latents_of_one_request_do_not_hold_anothers(engine, ask, watched):
 def test_closing_the_engine_ends_all(pipeline, ask, watched):
     engine = Engine(pipeline)
     entered = [occupy(engine, watched, ask("dog", num_inference_steps=50)), ask("cat").enter(engine)]
-    threading.Timer(0.1, watched.gate.set).start()
+    opener = threading.Thread(target=lambda: (wait_until(lambda: engine._is_closed), watched.gate.set()))
+    opener.start()
     engine.close()
+    opener.join()
     assert len(watched.rows) == 1
     for events in (*entered, ask("bird").draw(engine)):
         with pytest.raises(RuntimeError, match="the engine is closed"):

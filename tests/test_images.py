@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_an_unknown_background_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"]), st.data())
 def test_damaged_bytes_load_or_raise_value_error(format, data):
     content = bytearray(encoded(PHOTO, format))
@@ -331,7 +332,7 @@ def test_bad_fits_are_refused(size, fit, background, message):
         fit_image(PHOTO, size, fit, background)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_pixels_round_trip_bit_equal(batch, height, width, seed):
     arrays = [noise(height, width, seed=seed + i) for i in range(batch)]
@@ -408,8 +409,9 @@ def test_contact_sheet_refuses_nothing_and_miscounted_labels():
 
 
 def test_at_most_two_pictures_are_decoded_at_once():
-    assert images._decoding.acquire(blocking=False) and images._decoding.acquire(blocking=False)
-    third = images._decoding.acquire(blocking=False)
-    images._decoding.release(), images._decoding.release()
-    assert not third
-    assert load_image(PHOTO).size == (40, 24)
+    with ThreadPoolExecutor(1) as pool:
+        with images._decoding, images._decoding:
+            third = pool.submit(load_image, PHOTO)
+            with pytest.raises(TimeoutError):
+                third.result(0.2)
+        assert third.result(20).size == (40, 24)

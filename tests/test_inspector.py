@@ -14,6 +14,7 @@ from app.inspector import Inspector, attention_of, legend, overlay, words_table
 from app.workbench import read_one
 from vilex.codes import VilexCode
 from vilex.pipeline import VilexPipeline
+from vilex.recipe import load_recipe
 
 pytest_plugins = ["tabs"]
 A = {"card": "A", "token": 0}
@@ -89,6 +90,12 @@ def test_a_polished_picture_of_a_model_without_encoder_has_words_but_no_map(hand
     words, picture, said, _ = Inspector(bare).inspect(**A | word)
     assert words.count('<th scope="row">') == 2 and picture is None and "has no encoder" in said
     bare.engine.close()
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_pngs_hold_the_tokens_only_when_asked(tab, cards, embed):
+    pictures = leave_out(tab, cards, 2, embed=embed)[-1][0]
+    assert [bool(load_recipe(path).images[0].code) for path, _ in pictures] == [embed] * 2
 
 
 def test_another_token_gives_another_map(tab, cards):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +34,12 @@ def photo(name: str = "china.jpg") -> Tensor:
     return from_levels(torch.tensor(array).permute(2, 0, 1)[None])
 
 
-def is_installed(file: nets.WeightFile) -> bool:
-    try:
-        return nets.locate(file).is_file()
-    except FileNotFoundError:
-        return False
+def needs(file: nets.WeightFile) -> pytest.MarkDecorator:
+    is_there = find_spec(file.package) or file.env in os.environ
+    return pytest.mark.skipif(not is_there, reason=file.command)
 
 
-needs_lpips = pytest.mark.skipif(not is_installed(nets.LPIPS_FILES["alex"]), reason=nets.LPIPS_FILES["alex"].command)
-needs_efficientnet = pytest.mark.skipif(not is_installed(nets.EFFICIENTNET_FILE), reason=nets.EFFICIENTNET_FILE.command)
+needs_lpips, needs_efficientnet = needs(nets.LPIPS_FILES["alex"]), needs(nets.EFFICIENTNET_FILE)
 
 
 # Distances

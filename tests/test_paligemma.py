@@ -266,15 +266,16 @@ def files(vilex, tmp_path) -> Path:
     build_paligemma().save_pretrained(tmp_path / "base")
     TOKENIZER.save_pretrained(tmp_path / "base")
     vilex.save_pretrained(tmp_path / "vilex", torch.float32)
-    (tmp_path / "data").mkdir()
-    for i, name in enumerate(["red dog", "green cat", "blue dog"]):
-        Image.new("RGB", (64, 64), (90 * i, 255 - 90 * i, 90)).save(tmp_path / "data" / f"{i}.png")
-        (tmp_path / "data" / f"{i}.txt").write_text(name)
+    for folder in (tmp_path / "data", tmp_path / "held-out"):
+        folder.mkdir()
+        for i, name in enumerate(["red dog", "green cat", "blue dog"]):
+            Image.new("RGB", (64, 64), (90 * i, 255 - 90 * i, 90)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(name)
     return tmp_path
 
 
 def arguments(files: Path, *more: object) -> list[object]:
-    data = ["--data", files / "data", "--validation", files / "data", "--batch-size", 2, "--tokens", 2]
+    data = ["--data", files / "data", "--validation", files / "held-out", "--batch-size", 2, "--tokens", 2]
     return ["--paligemma", files / "base", "--model", files / "vilex", *data, "--out", files / "out", *more]
 
 

@@ -52,7 +52,7 @@ def test_a_recipe_comes_back_from_every_source(tmp_path, images):
     assert [file.name for file in tmp_path.iterdir()] == ["result.png"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text(max_size=300))
 def test_any_prompt_survives(tmp_path_factory, prompt):
     path = tmp_path_factory.getbasetemp() / "prompt.png"

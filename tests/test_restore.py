@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from app import pictures, restore, sources
-from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, unpack
+from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, take_cards, unpack
 from app.handlers import Handlers
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import GenerationConfig
+from vilex.prompt import parse
 from vilex.recipe import load_recipe
 
 assert app
@@ -79,18 +80,27 @@ def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page
     assert named(page, restore.bring_back(page, path, cleared={0}))["picture"] is None
 
 
-@pytest.mark.parametrize("name", ["two words", "20240312_101010", "dog+cat", ""])
-def test_a_name_that_no_prompt_can_use_becomes_the_letter_of_its_card(handlers, page, upload, told, name):
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("two words", "two words"), ("20240312_101010", "20240312_101010"), ("photo.v1", "photo.v1"), ("a[1]", "A"),
+     ("", "A"), ("x" * 81, "A")],
+)  # fmt: skip
+def test_names_of_files_come_back_where_a_prompt_can_use_them(handlers, page, upload, told, name, kept):
     recipe = load_recipe(draw(handlers, upload))
     images = tuple(replace(recipe.images[0], name=each) for each in (name, "corgi"))
     values = restore.from_recipe(handlers, replace(recipe, images=images))
-    assert (values["name"], values["name_2"]) == ("A", "corgi")
+    assert (values["name"], values["name_2"]) == (kept, "corgi")
+    for card in take_cards({"picture": upload, "name": kept}):
+        assert parse(f"[{kept}] at night", 1, [card.name]) == [0, " at night"]
 
 
 def test_a_result_of_tokens_that_no_picture_gives_asks_for_the_word(handlers, page, upload, told):
-    word = pack_polished(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), upload, "crop")
-    restore.bring_back(page, draw(handlers, upload, word=word))
-    assert told[0].endswith("A was drawn from tokens that are not in the file: open them again as a word.")
+    word = pack_polished(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), upload, "pad")
+    values = named(page, restore.bring_back(page, draw(handlers, upload, word=word, fit="pad")))
+    assert "fit" not in values and "word" not in values  # so that the card goes on with its polished picture
+    assert told[0].endswith(
+        "Picture A is not in the file: it was a word, open that again, unless the card still holds it."
+    )
 
 
 def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload, told):
@@ -140,7 +150,7 @@ def test_a_refresh_brings_prompt_settings_pictures_and_results_back(handlers, pa
     [
         ({"prompt": 3}, {"prompt": ""}), ({"prompt": "x" * 2000}, {"prompt": ""}), ({"seed": "1"}, "seed"),
         ({"seed": None}, "seed"), ({"view": "huge"}, "view"), ({"weight": 9}, "weight"), ({"fit": []}, "fit"),
-        ({"name_2": "two words"}, "name_2"), ({"num_tokens": None}, "num_tokens"), ({"word": 7}, "word"),
+        ({"name_2": "<b>"}, "name_2"), ({"num_tokens": None}, "num_tokens"), ({"word": 7}, "word"),
         ({"guidance_low": 0.9, "guidance_high": 0.1}, "guidance_high"), ({"gallery": [3]}, {"gallery": []}),
         ({"gallery": [{"image": None}]}, {"gallery": []}), ({"history": "all"}, {"history": []}),
     ],

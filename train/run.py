@@ -21,7 +21,7 @@ from train.memory import checkpoint_gradients
 from train.presets import PRESETS, Preset, TrainConfig
 from train.sharding import start_adafactor
 from train.shards import ShardBatches, ShardLoader, Shards, Write, load_shards
-from train.sources import expand
+from train.sources import require_apart
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
 from vilex.diffusion import TextToImage
@@ -153,10 +153,9 @@ def load_data(
 ) -> tuple[Pictures | Shards, Pictures | None]:
     """Training pictures, in shards with `stream`, and the held-out ones if any.
 
-    Raises ValueError when a part of one is a part of the other, and for workers beside those of `stream`.
+    Raises ValueError when they share a file, folder or hub data set, and for workers beside those of `stream`.
     """
-    if both := sorted(set(expand(data)) & set(expand(validation))):
-        raise ValueError(f"{both[0]} is both in --data and in --validation: what is learnt cannot be held out")
+    require_apart(data, validation)
     if stream is not None and workers > 1:
         raise ValueError(f"--stream {stream} has workers of its own: leave --workers {workers} out")
     held_out = load_pictures(list(validation), image_size=image_size, limit=MAX_HELD_OUT) if validation else None

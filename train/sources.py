@@ -68,6 +68,18 @@ def expand(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]
     return found
 
 
+def require_apart(data: Sequence[str], held_out: Sequence[str]) -> None:
+    """Raises ValueError when a file, folder or hub data set is in both."""
+    if both := sorted({_place(part) for part in expand(data)} & {_place(part) for part in expand(held_out)}):
+        raise ValueError(f"{both[0]} is both in --data and in --validation: what is learnt cannot be held out")
+
+
+def _place(part: str) -> str:
+    if part.startswith("hub:"):
+        return part if "@" in part else f"{part}@train"
+    return str(Path(part).resolve())
+
+
 def _read(part: str) -> Iterator[Entry]:
     if part.startswith("hub:"):
         return _read_hub(part.removeprefix("hub:"))

@@ -268,10 +268,7 @@ class VilexPipeline:
 
         Raises ValueError for a prompt that is too long or names a picture that is not there.
         """
-        if len(prompt) > MAX_PROMPT_CHARS:
-            raise ValueError(f"the prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARS}")
-        tokens = self._moved(prompt, [self._tokens(word, num_tokens, fit) for word in images], names)
-        return compose(prompt, tokens, self.t2i.tokenizer, self.t2i.config.context_length, names)
+        return self._compose(prompt, [self._tokens(word, num_tokens, fit) for word in images], names)
 
     @torch.no_grad()
     def stream(
@@ -355,8 +352,11 @@ class VilexPipeline:
     def conditions(
         self, prompt: str, words: Sequence[Tensor], config: GenerationConfig, names: Sequence[str] = ()
     ) -> Conditions:
-        """The branches of guidance: nothing or the negative prompt; images alone; images and words."""
-        joint = self.compose(prompt, words, config.num_tokens, names)
+        """The branches of guidance: nothing or the negative prompt; images alone; images and words.
+
+        words: all tokens (N,D) that each image is to have; config.num_tokens does not cut them.
+        """
+        joint = self._compose(prompt, words, names)
         image = None
         if words:
             moved = self._moved(prompt, words, names)
@@ -368,6 +368,12 @@ class VilexPipeline:
             image=image,
             joint=self.t2i.encode_prompt(joint) if is_joint else None,
         )
+
+    def _compose(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> ComposedPrompt:
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise ValueError(f"the prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARS}")
+        moved = self._moved(prompt, words, names)
+        return compose(prompt, moved, self.t2i.tokenizer, self.t2i.config.context_length, names)
 
     def _moved(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> list[Tensor]:
         """The words (N,D) as the terms of the prompt move them: `<image> - "snow" + "sand"`."""

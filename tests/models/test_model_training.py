@@ -113,7 +113,7 @@ def test_parts_compute_in_the_dtype_asked_for_where_that_is_safe(case):
     assert t2i.encode(torch.rand(1, 3, 16, 16)).dtype == t2i.word_statistics()[0].dtype == torch.float32
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(level=st.floats(0.02, 1), seed=st.integers(0, 99))
 def test_the_clean_picture_follows_from_noise_and_target(case, level, seed):
     t2i, generator = case.t2i, torch.Generator().manual_seed(seed)

@@ -1,0 +1,83 @@
+"""Pictures by address, from a server on this machine that stands for a public one."""
+
+import app  # noqa: F401, I001  first: it sets what gradio reads at import
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from app import download as downloading
+from app import sources
+from app.download import download
+
+assert app
+pytest_plugins = ["tabs"]
+HOST, PICTURE = "pictures.test", b"a picture"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A picture, one that is too large, and redirects to it, to a private address and to themselves."""
+
+    def do_GET(self) -> None:
+        port = self.server.server_address[1]
+        moved = {"/moved": "/my%20cat.png", "/private": f"http://127.0.0.1:{port}/my%20cat.png", "/loop": "/loop"}
+        bodies = {"/my%20cat.png": PICTURE, "/large": bytes(1001)}
+        self.send_response(302 if self.path in moved else 200 if self.path in bodies else 404)
+        body = bodies.get(self.path, b"")
+        self.send_header("Content-Length", str(len(body)))
+        if self.path in moved:
+            self.send_header("Location", moved[self.path])
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of the server, by a name that counts as public."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(downloading, "MAX_BYTES", 1000)
+    find = downloading._public_ip
+
+    async def find_here(host: str) -> str:
+        return "127.0.0.1" if host == HOST else await find(host)
+
+    monkeypatch.setattr(downloading, "_public_ip", find_here)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{HOST}:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/my%20cat.png", "/moved"])
+def test_a_picture_comes_under_its_own_name_into_the_cache(address, tmp_path, path):
+    found = Path(download(f" {address}{path} "))
+    assert found.read_bytes() == PICTURE and found.name == "my-cat.png"
+    assert found.is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/private", "'127.0.0.1' is not a host that can be reached from here"),
+        ("/loop", "leads on and on: more than 3 redirects"),
+        ("/nothing", "answers 404, not a picture"),
+        ("/large", "the file at that address is larger than"),
+    ],
+)
+def test_what_is_no_picture_to_be_had_is_refused(address, path, message):
+    with pytest.raises(ValueError, match=message):
+        download(address + path)
+
+
+def test_a_space_fetches_nothing(handlers, monkeypatch):
+    monkeypatch.setattr(sources, "ON_SPACES", True)
+    monkeypatch.setattr(sources, "download", None)
+    with pytest.raises(gr.Error, match="This server fetches nothing from addresses"):
+        sources.fetch(handlers, "https://example.org/a.png", "crop")
