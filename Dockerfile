@@ -1,5 +1,5 @@
 # The app in a container: docker build -t vilex . && docker run --rm -p 7860:7860 vilex
-FROM python:3.12-slim
+FROM python:3.11-slim
 
 # Debian's slim image has no OpenMP runtime, which ncnn and torch load
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*

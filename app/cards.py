@@ -88,9 +88,8 @@ def check_card(card: CardInput) -> CardInput:
     if not isinstance(card.word, str):
         raise ValueError(f"a picture's code must be text, got {type(card.word).__name__}")
     if not isinstance(card.name, str) or (card.name and not _NAME.fullmatch(card.name)):
-        raise ValueError(
-            f"a picture's name has 1 to {MAX_NAME_CHARS} characters and neither square nor angle brackets; got {card.name!r:.60}"
-        )
+        rule = f"1 to {MAX_NAME_CHARS} characters and neither square nor angle brackets"
+        raise ValueError(f"a picture's name has {rule}; got {card.name!r:.60}")
     check_range("weight", card.weight, WEIGHT_RANGE)
     check_range("num_tokens", card.num_tokens, range_of(GenerationConfig, "num_tokens"))
     if card.num_tokens != int(card.num_tokens):
