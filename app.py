@@ -11,6 +11,7 @@ except ImportError:
     spaces = None
 
 import click
+import torch
 
 from app.about import licence_line
 from app.engine import Engine
@@ -18,7 +19,7 @@ from app.handlers import Handlers, measure
 from app.models import LaterPipeline, named_models, other_folders
 from app.ui import Notes, build_demo, launch_options
 from vilex.checkpoint import find_weights
-from vilex.config import GenerationConfig
+from vilex.config import DEFAULT_MODEL, GenerationConfig
 from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.pipeline import VilexPipeline
 from vilex.upsampler import build_upsampler
@@ -107,11 +108,13 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int, o
     try:
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype, offload=offload)
         folder = Path(find_weights(model))
-        licence = licence_line(folder)
-    except ValueError as error:
-        click.echo(f"No weights: {error}", err=True)
-        return Handlers(None, problem=str(error)), Notes(steps=steps)
-    notes = Notes(steps, measure(pipeline), pipeline.device.type, licence)
+        notes = Notes(steps, measure(pipeline), pipeline.device.type, licence_line(folder))
+    except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+        problem = str(error).splitlines()[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            problem = f"{model or DEFAULT_MODEL} needs more memory than the device has: try --offload or --device cpu"
+        click.echo(f"No weights: {problem}", err=True)
+        return Handlers(None, problem=problem), Notes(steps=steps)
     return serve(pipeline, folder), notes
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from app.cards import MAX_CARDS, names_of
-from app.handlers import Handlers, text_of
+from app.cards import MAX_CARDS, PictureWord, names_of
+from app.handlers import VIEWS, Handlers, Look, text_of
 from app.ladder import rung_name
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
@@ -36,7 +36,7 @@ class Balance:
         """Token count and text-free guidance of each thumbnail, in the order of the gallery."""
         return [(budget, tfg_scale) for tfg_scale in TFG_SCALES for budget in self.budgets]
 
-    def draw(self, prompt: str, **values: Any) -> Iterator[tuple]:
+    def draw(self, prompt: str, embed: bool = False, **values: Any) -> Iterator[tuple]:
         """The prompt with its pictures over few to all tokens and text-free guidance 0 to 6, all from one noise.
 
         Gives a gallery that fills row by row, and a status line. The settings of steps and TFG are not read.
@@ -47,20 +47,35 @@ class Balance:
             names = names_of(words)
             if not words or not has_words(prompt, len(words), names):
                 raise ValueError("The map needs a picture and words in the prompt: it weighs one against the other")
-            tokens = [word.vilex_tokens for word in words]
+            tokens, look = [word.vilex_tokens for word in words], Look(VIEWS[1], embed)
             rows = [[each[:budget] for each in tokens] for budget in self.budgets]
             conditions = side_by_side(pipeline, rows, config, prompt, names)
-            longest, done = max(map(len, tokens)), []  # a code may hold few
+            longest = max(map(len, tokens))  # a code may hold few
+            done: list[Image.Image | str] = []
             clock, seeds = Clock(len(TFG_SCALES) * STEPS), [config.seed] * len(rows)
             for tfg_scale in TFG_SCALES:
                 row = replace(config, tfg_scale=tfg_scale)
                 for images, status in self.handlers.watch(conditions, row, seeds, clock, f"TFG {tfg_scale:g}"):
                     yield gr.skip() if images is None else self._captioned(done + images, longest), status
-                done += images
+                done += self._save(images, prompt, row, words, look)
             status = (
                 f"Drawn in {duration(clock.seconds)} with seed {config.seed}. Click a picture to take its settings."
             )
             yield self._captioned(done, longest), finished(status)
+
+    def _save(
+        self, images: list[Image.Image], prompt: str, config: GenerationConfig, words: list[PictureWord], look: Look
+    ) -> list[str]:
+        """Paths of a row's PNGs, each with the recipe that draws it."""
+        rows = [[replace(word, vilex_tokens=word.vilex_tokens[:budget]) for word in words] for budget in self.budgets]
+        recipes = [
+            self.handlers.recipe(
+                prompt, replace(config, num_tokens=max(len(word.vilex_tokens) for word in row)), row, look.embed
+            )
+            for row in rows
+        ]
+        names = [f"vilex-{budget}-tokens-tfg-{config.tfg_scale:g}-seed-{config.seed}" for budget in self.budgets]
+        return self.handlers.save(images, names, recipes, look.view)
 
     def adopt(self, event: gr.SelectData) -> tuple:
         """The token count for every card, the text-free guidance and a status line of the thumbnail clicked."""
@@ -70,7 +85,7 @@ class Balance:
     def _settings(self, values: dict[str, Any]) -> GenerationConfig:
         return replace(read_settings(values), num_inference_steps=STEPS)
 
-    def _captioned(self, images: list[Image.Image], longest: int) -> list[tuple[Image.Image, str]]:
+    def _captioned(self, images: list[Image.Image | str], longest: int) -> list[tuple[Image.Image | str, str]]:
         cells = zip(images, self.cells, strict=False)
         return [(image, caption(min(budget, longest), tfg_scale)) for image, (budget, tfg_scale) in cells]
 
@@ -93,7 +108,7 @@ def build_balance(studio: Studio) -> None:
         object_fit="contain", interactive=False, height="auto", elem_id="balance", elem_classes="thumbs",
         allow_preview=False, buttons=["download_all"],
     )  # fmt: skip
-    inputs = studio.inputs("cards", "prompt", "seed", *SAMPLING)
+    inputs = studio.inputs("cards", "prompt", "embed", "seed", *SAMPLING)
     studio.compute(draw.click, tab.draw, [gallery, studio.status], inputs, api_name="balance")
     taken = [*(card.num_tokens for card in studio.cards), studio.settings["tfg_scale"], studio.status]
     gallery.select(tab.adopt, None, taken, show_progress="hidden", queue=False, api_visibility="private")

@@ -193,7 +193,7 @@ def build_compare(studio: Studio) -> None:
     names = list(tab.arms)
     gr.Markdown(
         "Two pictures from one noise, in an order that stays hidden until you have voted. The votes are kept in this "
-        "page alone."
+        "page alone, until it is left or loaded anew."
     )
     with gr.Row():
         card = card_choice("Input")

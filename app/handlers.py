@@ -120,6 +120,8 @@ class Handlers:
             if not words and not prompt.strip():
                 raise ValueError("Give a picture, words, or both")
             tokens, names = [word.vilex_tokens for word in words], names_of(words)
+            if not words or not has_words(prompt, len(words), names):  # the slider is greyed
+                config = dataclasses.replace(config, tfg_scale=GenerationConfig.tfg_scale)
             seeds = [config.seed + i for i in range(config.num_images)]
             clock = Clock(config.num_inference_steps)
             for images, status in self.watch(pipeline.conditions(prompt, tokens, config, names), config, seeds, clock):
@@ -246,7 +248,7 @@ def check_choice(value: object, choices: Sequence[object], name: str) -> None:
 
 def _tfg_info(has_picture: bool, works: bool) -> str:
     if works:
-        return "0 ignores the words, 1 is plain, more pushes towards them"
+        return "0 ignores the words, 1 is plain, 3 to 6 make them show"
     return "Has no effect: the prompt has no words" if has_picture else "Has no effect without a picture and words"
 
 

@@ -8,13 +8,14 @@ import gradio as gr
 from gradio.components import Component
 
 from app.cards import MAX_CARDS, MAX_NAME_CHARS, NAMES
-from app.handlers import VIEWS, Handlers
+from app.handlers import MAX_COPIED, VIEWS, Handlers
 from app.polish import build_polish
 from app.presets import build_presets, wire_presets
 from app.studio import Card
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 from vilex.diffusion import EmbeddedModel
 
+TFG_SCALE = 3.0  # where the words of a mix begin to show with the weights that come with the code
 ON_SPACES = os.environ.get("SYSTEM") == "spaces"  # there the server fetches nothing from addresses that users name
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
 
@@ -71,7 +72,7 @@ def build_panel(handlers: Handlers, steps: int, models: Sequence[str] = ()) -> P
     )  # fmt: skip
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}
-    settings["tfg_scale"] = slider("tfg_scale", "Words against picture (TFG)", step=0.1, maximum=10)
+    settings["tfg_scale"] = slider("tfg_scale", "Words against picture (TFG)", step=0.1, value=TFG_SCALE, maximum=10)
     with gr.Row(elem_id="buttons"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
@@ -169,8 +170,9 @@ def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Bu
         keep = gr.Button("Make the word", size="md", elem_id="keep")
         word = gr.File(label="The picture as a .vilex file", interactive=False, height=90)
         code = gr.Textbox(
-            label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code"
-        )
+            label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code",
+            info=f"For at most {MAX_COPIED} tokens: turn “Tokens of A” down for one",
+        )  # fmt: skip
         polish = build_polish()
     return keep, [word, code], polish
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import gradio as gr
 from gradio.events import Dependency
+from PIL import Image
 
-from app.cards import Upload, is_polished, pack, unpack, was_polished
+from app.cards import Upload, is_polished, open_upload, pack, unpack, was_polished
 from app.download import download
 from app.handlers import Handlers
 from app.ladder import rung_name
@@ -19,6 +20,7 @@ from vilex.recipe import load_recipe
 _LOOK = {
     "show_progress": "hidden", "concurrency_limit": MAX_DECODES, "concurrency_id": "look", "api_visibility": "private",
 }  # fmt: skip
+MOST_CUT = 0.2  # of a picture's longer side: where the encoder's crop takes more, the card says so
 Shown = list[bool]  # which cards are on the page
 
 
@@ -45,7 +47,7 @@ def _wire_card(
         card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK),
         card.fit.input(
             partial(refit, handlers),
-            [card.picture, card.fit, card.word],
+            [card.picture, card.fit],
             [card.seen, card.word, card.note],
             preprocess=False,
             **_LOOK,
@@ -73,16 +75,29 @@ def announce(event: Dependency, arrival: gr.Textbox) -> None:
 
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     """What the encoder sees of a new picture, no word, a note, and whether its settings can be brought back."""
-    seen = handlers.look(picture, fit)
+    seen, note = _see(handlers, picture, fit)
     has_recipe = picture is not None and carries_recipe(picture["path"])
-    note = finished("This picture carries the settings that made it.") if has_recipe else ""
+    note += finished("This picture carries the settings that made it.") if has_recipe else ""
     return seen, "", note, gr.update(visible=has_recipe)
 
 
-def refit(handlers: Handlers, picture: Upload, fit: str, word: str) -> tuple:
-    """What the encoder sees of a picture that is fitted anew, without a word that was polished for the old view."""
-    unpolished = ("", "") if picture is not None and word else (gr.skip(), gr.skip())
-    return handlers.look(picture, fit), *unpolished
+def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
+    """What the encoder sees of a picture that is fitted anew, no word polished for the old view, and a note."""
+    if picture is None:
+        return gr.skip(), gr.skip(), gr.skip()
+    seen, note = _see(handlers, picture, fit)
+    return seen, "", note
+
+
+def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | None, str]:
+    with in_words():
+        if picture is None:
+            return None, ""
+        image = open_upload(picture)
+        share = min(image.size) / max(image.size)
+        is_cut = fit == "crop" and share < 1 - MOST_CUT
+        note = f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it." if is_cut else ""
+        return handlers.seen(image, fit), finished(note) if note else ""
 
 
 def carries_recipe(path: str) -> bool:

@@ -83,6 +83,11 @@ new MutationObserver(() => {
     image.alt = "Example: " + image.src.split("/").pop().split(".")[0];
   for (const text of document.querySelectorAll("label:has(button) textarea:not([aria-label])"))
     text.setAttribute("aria-label", text.closest("label").querySelector("span").innerText);
+  // a screen reader speaks how a job ended, not each of its steps
+  const status = document.getElementById("status");
+  if (status?.getAttribute("aria-live") !== "polite") status?.setAttribute("aria-live", "polite");
+  const busy = String(!!status?.querySelector("progress"));
+  if (status && status.getAttribute("aria-busy") !== busy) status.setAttribute("aria-busy", busy);
 }).observe(document, { childList: true, subtree: true });
 document.addEventListener("dragover", (event) => event.preventDefault());
 </script>"""

@@ -1,15 +1,18 @@
 """The tab Balance: a map from one noise, row by row, whose places say what their settings were."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 import torch
+from PIL import Image
 
 from app.balance import STEPS, Balance
 from app.cards import pack
 from vilex.codes import VilexCode
 from vilex.config import GenerationConfig
+from vilex.recipe import load_recipe
 
 pytest_plugins = ["tabs"]
 PROMPT = {"prompt": "[A] a red dog"}
@@ -53,8 +56,12 @@ def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture):
         num_tokens, tfg_scale = tab.cells[place]
         config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_tokens=num_tokens, tfg_scale=tfg_scale)
         drawn = tab.handlers.pipeline.generate(PROMPT["prompt"], [picture], config, names=["A"]).images[0]
-        pairs = zip(gallery[place][0].tobytes(), drawn.tobytes(), strict=True)
+        path = gallery[place][0]
+        pairs = zip(Image.open(path).tobytes(), drawn.tobytes(), strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2, tab.cells[place]
+        recipe = load_recipe(path)
+        assert (recipe.prompt, recipe.config) == (PROMPT["prompt"], replace(config, scheduler="ddpm"))
+        assert [(image.num_tokens, image.code) for image in recipe.images] == [(num_tokens, "")]
 
 
 def test_a_click_takes_both_settings_over(tab):

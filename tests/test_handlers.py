@@ -143,6 +143,12 @@ def test_words_alone_and_a_picture_alone_are_enough(handlers, upload):
     assert len(draw(handlers, upload)[-1][0]) == 2
 
 
+@pytest.mark.parametrize(("prompt", "tfg_scale"), [("<image>", 1.0), ("<image>, a red dog", 6.0)])
+def test_where_the_tfg_slider_is_greyed_it_says_nothing(handlers, upload, prompt, tfg_scale):
+    pictures, _, status = draw(handlers, upload, prompt, tfg_scale=6.0)[-1]
+    assert load_recipe(pictures[0][0]).config.tfg_scale == tfg_scale and "no effect" not in status
+
+
 def test_what_did_not_fit_is_said(handlers, upload):
     status = draw(handlers, upload, "dog " * 30)[-1][-1]
     assert "Image 1 keeps 1 of 75 tokens; the last words did not fit" in status
@@ -291,6 +297,7 @@ BAD_NUMBERS = [
     ({"num_tokens": 76}, "num_tokens must be between 1 and 75, got 76"),
     ({"num_tokens": "many"}, "num_tokens must be a number, got 'many'"),
     ({"tfg_scale": math.inf}, "tfg_scale must be a number, got inf"),
+    ({"seed": 10**400}, "seed must be between 0 and 4.29497e+09, got 1000"),
     ({"num_inference_steps": 10**9}, "num_inference_steps must be between 1 and 100"),
     ({"guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low 0.8 must not exceed guidance_high 0.2"),
     ({"scheduler": "magic"}, "scheduler must be one of auto, dpm++, ddim, ddpm, euler, got 'magic'"),

@@ -217,10 +217,18 @@ def test_requests_that_name_files_of_the_server_are_refused(handlers, page, uplo
 
 
 def test_a_dropped_result_offers_its_settings(handlers, upload):
-    seen, word, note, button = sources.arrive(handlers, upload, "crop")
+    seen, word, note, button = sources.arrive(handlers, upload, "pad")
     assert seen.size == (32, 32) and (word, note) == ("", "") and button["visible"] is False
     _, _, note, button = sources.arrive(handlers, {"path": draw(handlers, upload)}, "crop")
     assert "settings that made it" in note and button["visible"] is True
+
+
+def test_a_card_says_when_the_encoder_sees_only_a_part(handlers, upload):
+    assert "Only its middle 67% is used" in sources.arrive(handlers, upload, "crop")[2]  # of 48x32 pixels
+    assert "Only its middle 67% is used" in sources.refit(handlers, upload, "crop")[2]
+    with Image.open(upload["path"]) as picture:
+        picture.resize((40, 36)).save(upload["path"])
+    assert sources.arrive(handlers, upload, "crop")[2] == ""
 
 
 def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
@@ -240,10 +248,9 @@ def test_a_polished_word_leaves_the_picture_in_its_card_until_it_is_fitted_anew(
     picture, _, shown, _, seen, _, note, _ = arrives(upload, "crop")
     assert picture == seen == gr.skip() and shown == [True, False, False, False]
     assert "Polished: 2 tokens fitted to this picture." in note
-    seen, kept, note = sources.refit(handlers, upload, "pad", word)
+    seen, kept, note = sources.refit(handlers, upload, "pad")
     assert seen.size == (32, 32) and (kept, note) == ("", "")
-    assert sources.refit(handlers, None, "pad", "another word")[1:] == (gr.skip(), gr.skip())
-    assert sources.refit(handlers, upload, "pad", "")[1:] == (gr.skip(), gr.skip())
+    assert sources.refit(handlers, None, "pad") == (gr.skip(),) * 3  # a word without a picture stays
     with pytest.warns(UserWarning, match="the picture has changed since its tokens were polished"):
         assert arrives(upload, "pad")[5:7] == ("", "")  # which changed while it was polished
     assert "It has no picture to show" in arrives(None, "crop")[6]

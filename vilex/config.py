@@ -102,10 +102,11 @@ def _problem(f: dataclasses.Field, value: Any) -> str | None:
 
 
 def _outside(name: str, value: Any, bounds: Range) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
         return f"{name} must be a number, got {value!r}"
     if not bounds.minimum <= value <= bounds.maximum:
-        return f"{name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r}"
+        return f"{name} must be between {bounds.minimum:g} and {bounds.maximum:g}, got {value!r:.40}"
     return None
 
 
