@@ -22,10 +22,9 @@ from app.handlers import VIEWS, Handlers, check_choice, text_of
 from app.ladder import rung_name
 from app.messages import Clock, finished, in_words
 from app.studio import SAMPLING, Studio
-from app.workbench import card_choice, read_one, read_settings
+from app.workbench import card_choice, read_one, read_settings, words_of
 from vilex.config import GenerationConfig, token_budgets
 from vilex.images import fit_image
-from vilex.prompt import parse
 from vilex.sampling import Conditions
 
 WORDS = "words alone"
@@ -179,9 +178,7 @@ class Compare:
 
 def _words_of(prompt: str, values: Mapping[str, Any]) -> str:
     """The prompt without its pictures. Raises ValueError when nothing is left."""
-    cards = take_cards(dict(values))
-    segments = parse(text_of(prompt), len(cards), names_of(cards))
-    words = " ".join(segment.strip() for segment in segments if isinstance(segment, str))
+    words = words_of(text_of(prompt), names_of(take_cards(dict(values))))
     if not words:
         raise ValueError(f"The arm {WORDS!r} needs words in the prompt")
     return words

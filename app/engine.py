@@ -85,10 +85,12 @@ class Engine:
         expanded, changed = conditions.expand(len(seeds)), threading.Condition(self._lock)
         return self._serve(Drawing(conditions=expanded, config=config, seeds=seeds, changed=changed))
 
-    def polish(self, image: Image.Image, config: PolishConfig, fit: Fit) -> Iterator[Waiting | PolishStep]:
-        """A picture's tokens, improved: `Waiting` and then steps, as `draw` gives them; it raises the same."""
+    def polish(
+        self, image: Image.Image, config: PolishConfig, fit: Fit, words: str = ""
+    ) -> Iterator[Waiting | PolishStep]:
+        """A picture's tokens, improved, from `words` on where there are any: events as `draw` gives them."""
         changed = threading.Condition(self._lock)
-        return self._serve(Polishing(image=image, config=config, fit=fit, changed=changed))
+        return self._serve(Polishing(image=image, config=config, fit=fit, words=words, changed=changed))
 
     def _serve(self, job: Job) -> Iterator[Waiting | Step | PolishStep]:
         try:
@@ -206,7 +208,7 @@ class Engine:
     def _begin(self, jobs: list[Job]) -> Generator[Step | PolishStep, Tensor | None, None]:
         first = jobs[0]
         if isinstance(first, Polishing):
-            return self._polisher(first.image, first.config, first.fit)
+            return self._polisher(first.image, first.config, first.fit, first.words)
         conditions = Conditions.concatenate([job.conditions for job in jobs])
         return self._sampler(conditions, first.config, [seed for job in jobs for seed in job.seeds], first.in_halves)
 
@@ -258,8 +260,10 @@ class Engine:
         for first, second in zip(*samples, strict=True):
             yield replace(first, latents=torch.cat([first.latents, second.latents]))
 
-    def _polish(self, image: Image.Image, config: PolishConfig, fit: Fit) -> Generator[PolishStep, Tensor | None, None]:
-        yield from self.pipeline.polish_stream(image, config, fit=fit)
+    def _polish(
+        self, image: Image.Image, config: PolishConfig, fit: Fit, words: str
+    ) -> Generator[PolishStep, Tensor | None, None]:
+        yield from self.pipeline.polish_stream(image, config, words=words, fit=fit)
 
 
 def _shares(step: Step | PolishStep, counts: list[int]) -> list[Step | PolishStep]:

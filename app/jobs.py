@@ -97,11 +97,12 @@ class Drawing(Job):
 
 @dataclass(eq=False, kw_only=True)
 class Polishing(Job):
-    """A picture whose tokens are improved, always by itself."""
+    """A picture whose tokens are improved, always by itself; `words` are what they start as, if there are any."""
 
     image: Image.Image
     config: PolishConfig
     fit: Fit
+    words: str = ""
     is_alone: bool = True
 
     @property

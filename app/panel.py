@@ -55,7 +55,7 @@ class Panel:
     model: gr.Dropdown
 
 
-def build_panel(handlers: Handlers, steps: int, models: Sequence[str] = ()) -> Panel:
+def build_panel(handlers: Handlers, steps: int, num_images: int, models: Sequence[str] = ()) -> Panel:
     """The left side, not yet wired; `models` are the names to choose from, the first the app's own."""
     with gr.Row(elem_id="cards"):
         built = [_build_card(handlers, i) for i in range(MAX_CARDS)]
@@ -77,7 +77,7 @@ def build_panel(handlers: Handlers, steps: int, models: Sequence[str] = ()) -> P
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
     with gr.Column(elem_id="settings"):
-        more, lock, dice, view, embed, model = _build_settings(handlers, steps, models)
+        more, lock, dice, view, embed, model = _build_settings(handlers, steps, num_images, models)
         keep, kept, polish = _build_keeping()
         link, linked = _build_linking()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
@@ -127,7 +127,7 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
 
 
 def _build_settings(
-    handlers: Handlers, steps: int, models: Sequence[str]
+    handlers: Handlers, steps: int, num_images: int, models: Sequence[str]
 ) -> tuple[dict[str, Component], gr.Checkbox, gr.Button, gr.Radio, gr.Checkbox, gr.Dropdown]:
     more: dict[str, Component] = {}
     with gr.Accordion("Settings", open=False, elem_id="more"):
@@ -137,7 +137,7 @@ def _build_settings(
             info="Opens its page. Codes and .vilex files of a picture belong to the model that made them.",
         )  # fmt: skip
         preset = build_presets()
-        more["num_images"] = slider("num_images", "Pictures at once", value=4, step=1)
+        more["num_images"] = slider("num_images", "Pictures at once", value=num_images, step=1)
         with gr.Row(elem_id="seeds"):
             more["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=110, scale=1, elem_id="seed")
             lock = gr.Checkbox(False, label="Keep this seed", container=False, min_width=120, scale=1, elem_id="lock")

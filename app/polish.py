@@ -7,21 +7,22 @@ from typing import Any
 
 import gradio as gr
 
-from app.cards import open_upload, pack_polished, stem, take_cards
+from app.cards import names_of, open_upload, pack_polished, stem, take_cards
 from app.engine import Waiting
-from app.handlers import Handlers
+from app.handlers import Handlers, text_of
 from app.messages import Clock, duration, finished, in_words, waiting
 from app.studio import Studio
-from app.workbench import read_whole
+from app.workbench import read_whole, words_of
 from vilex.codes import VilexCode
 from vilex.config import PolishConfig, range_of
 
 MAX_STEPS = 200  # of the slider; clients of the API may ask for more
 
 
-def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tuple]:
+def polish(handlers: Handlers, polish_steps: int, prompt: str = "", **values: Any) -> Iterator[tuple]:
     """All tokens of a picture, improved by that many gradient steps on the model's own loss.
 
+    Where the model has no encoder they start as the words of the prompt, or as the average word without any.
     Gives the word that then says what the picture shows, as text for the card's code, and a status line.
     """
     with in_words():
@@ -30,9 +31,10 @@ def polish(handlers: Handlers, polish_steps: int, **values: Any) -> Iterator[tup
         card = next(iter(take_cards(values)), None)
         if card is None or card.picture is None:
             raise ValueError("Give picture A first: a word without its picture cannot be polished")
+        words = "" if pipeline.has_encoder else words_of(text_of(prompt), names_of([card]))
         image, clock = open_upload(card.picture), Clock(steps)
         config = PolishConfig(pipeline.max_tokens, steps)
-        with closing(handlers.engine.polish(image, config, card.fit)) as events:
+        with closing(handlers.engine.polish(image, config, card.fit, words)) as events:
             for event in events:
                 if isinstance(event, Waiting):
                     yield gr.skip(), waiting(event.position, event.seconds, clock)
@@ -56,6 +58,6 @@ def build_polish() -> tuple[gr.Slider, gr.Button]:
 def wire_polish(studio: Studio, steps: gr.Slider, button: gr.Button) -> None:
     """The button; what it found comes into card A beside its picture."""
     first = studio.cards[0]
-    inputs = first.inputs(0) | {"polish_steps": steps}
+    inputs = first.inputs(0) | studio.inputs("prompt") | {"polish_steps": steps}
     outputs = [first.word, studio.status]
     studio.compute(button.click, partial(polish, studio.handlers), outputs, inputs, api_name="polish")

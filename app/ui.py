@@ -43,6 +43,7 @@ PROMPTS = (
     "a photo of a flower. <image>",
 )
 TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspector, "Compare": build_compare}
+MOST_SECONDS = 10  # of a picture, where the page starts with four of them
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _SHOW_VIEW = "(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }"
 _SCRIPT = """<script>
@@ -102,6 +103,11 @@ class Notes:
     device: str = "cpu"
     licence: str = ""
 
+    @property
+    def num_images(self) -> int:
+        """Pictures at once that the slider starts at: one where each takes long."""
+        return 1 if self.steps * (self.seconds_per_step or 0) > MOST_SECONDS else 4
+
 
 def build_demo(
     handlers: Handlers, notes: Notes = Notes(), others: Sequence[tuple[Handlers, Notes]] = ()
@@ -120,7 +126,7 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
     gr.HTML(_header(handlers, notes), elem_id="header")
     with gr.Row(elem_id="sides"):
         with gr.Column(scale=5, min_width=300, elem_id="left"):
-            panel = build_panel(handlers, notes.steps, models)
+            panel = build_panel(handlers, notes.steps, notes.num_images, models)
         with gr.Column(scale=7, min_width=300, elem_id="right"):
             studio, results, history = _build_results(handlers, panel)
             examples = _build_examples(panel)

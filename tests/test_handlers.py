@@ -493,6 +493,13 @@ def test_what_cannot_be_polished_is_told(handlers, upload, has_picture, steps, m
         improve(handlers, upload if has_picture else None, steps)
 
 
+@pytest.mark.parametrize(("seconds_per_step", "num_images"), [(None, 4), (0.1, 4), (3.0, 1)])
+def test_a_page_whose_pictures_take_long_starts_with_one(handlers, seconds_per_step, num_images):
+    parts = ui.build_demo(handlers, ui.Notes(20, seconds_per_step)).config["components"]
+    [slider] = [part["props"] for part in parts if part["props"].get("elem_id") == "num-images"]
+    assert slider["value"] == num_images
+
+
 def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload):
     handlers = Handlers(VilexPipeline(pipeline.t2i, name="bare"))
     shown = [str(part["props"].get("value")) for part in ui.build_demo(handlers).config["components"]]
@@ -501,7 +508,10 @@ def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload)
     with pytest.raises(gr.Error, match="bare has no ViLex weights to read pictures with: .* Polish picture A"):
         draw(handlers, upload)
     assert len(draw(handlers, None, "a dog")[-1][0]) == 2
-    word = improve(handlers, upload)[-1][0]
+    word, spelt = (improve(handlers, upload, prompt=prompt)[-1][0] for prompt in ("", "a red dog. <image>"))
+    expected = handlers.pipeline.polish(Image.open(upload["path"]), 22, steps=STEPS, words="a red dog.")
+    assert torch.equal(unpack(spelt).vilex_tokens, expected.half().float())
+    assert not torch.equal(unpack(word).vilex_tokens, unpack(spelt).vilex_tokens)
     assert len(draw(handlers, None, "<image> on the beach", word=word)[-1][0]) == 2
     handlers.engine.close()
 
