@@ -9,7 +9,7 @@ from gradio.events import Dependency
 from app.link import READ
 from app.messages import in_words
 from app.panel import Panel
-from app.restore import MAX_REMEMBERED, Page, bring_back, open_file, remember
+from app.restore import MAX_REMEMBERED, WORDS, Page, bring_back, open_file, remember, save_js
 from app.studio import Studio
 
 STORAGE_KEY, SECRET = "vilex-page", "vilex"  # fixed, or a restart of the app would forget everybody's page
@@ -41,11 +41,11 @@ def wire_history(
 ) -> Dependency:
     """Keeps results in the history, settings in the browser, and brings both back: the event of the page's start."""
     history = page.targets["history"]
-    memory = gr.BrowserState({}, storage_key=STORAGE_KEY, secret=SECRET)
-    kept = [page.targets[name] for name in page.remembered]
+    memories, shared = _build_memories(page), [page.targets[name] for name in page.remembered]
     for job in studio.jobs:
         added = job.success(None, [history, *results], history, js=_REMEMBER, **_QUIET)
-        added.then(None, kept, memory, js=page.save_js(), **_QUIET)  # a gallery out of sight tells no change
+        # a gallery out of sight tells no change
+        added.then(None, shared, memories[0], js=save_js(page.remembered), **_QUIET)
     history.select(_pick, None, picked, queue=False, **_QUIET)
     back.click(partial(_back, page), [history, picked], page.outputs(), preprocess=False, **_QUIET)
     pictures = [part for card in panel.cards for part in (card.picture, card.word)]
@@ -55,8 +55,17 @@ def wire_history(
             partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
         restored.success(lambda: ("", gr.update(visible=False)), None, [card.note, extra.restore], **_QUIET)
-    gr.on([part.change for part in kept], None, kept, memory, js=page.save_js(), **_QUIET)
-    return demo.load(partial(remember, page), [memory, panel.linked[0]], page.outputs(), js=READ, **_QUIET)
+    for memory, names in zip(memories, (page.remembered, WORDS), strict=True):
+        kept = [page.targets[name] for name in names]
+        gr.on([part.change for part in kept], None, kept, memory, js=save_js(names), **_QUIET)
+    return demo.load(partial(remember, page), [*memories, panel.linked[0]], page.outputs(), js=READ, **_QUIET)
+
+
+def _build_memories(page: Page) -> list[gr.BrowserState]:
+    """What the browser keeps for the pages of all models, and the words, which are those of one model."""
+    pipeline = page.handlers.pipeline
+    keys = (STORAGE_KEY, f"{STORAGE_KEY}-words-{pipeline.name if pipeline else ''}")
+    return [gr.BrowserState({}, storage_key=key, secret=SECRET) for key in keys]
 
 
 def _pick(event: gr.SelectData) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 from app.cards import MAX_CARDS, PictureWord, read_card, take_cards
 from app.handlers import Handlers, Look, build_config
 from app.messages import Clock, duration, finished, in_words, working
+from app.pictures import build_versus, compare_two
 from app.studio import SAMPLING, SILENT, Studio
 from app.workbench import side_by_side
 from vilex.config import GenerationConfig
@@ -164,7 +165,9 @@ def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
         again = gr.Button("Rebuild", elem_id="reconstruct", scale=1, min_width=90)
     with gr.Row(elem_id="rungs"):
         rungs = [_build_rung(i, start) for i in range(MAX_RUNGS)]
+    versus = build_versus("ladder-versus")
     _wire(studio, arrival, budgets, again, rungs, gr.State(start))
+    _wire_versus(studio, arrival, again, rungs, versus)
     return [rung.image for rung in rungs]
 
 
@@ -210,3 +213,17 @@ def _wire(
     counts = [card.num_tokens for card in studio.cards]
     for index, rung in enumerate(rungs):
         rung.use.click(partial(use, handlers, index), budgets, [*counts, studio.status], **SILENT)
+
+
+def _wire_versus(
+    studio: Studio, arrival: gr.Textbox, again: gr.Button, rungs: Sequence[Rung], versus: gr.ImageSlider
+) -> None:  # fmt: skip
+    """A click on a rung lays it over picture A; the slider goes when the ladder is drawn again."""
+    first = studio.cards[0]
+    for rung in rungs:
+        # queued, since only queued events show their errors
+        rung.image.select(
+            compare_two, [first.picture, rung.image, first.fit], versus,
+            show_progress="hidden", preprocess=False, api_visibility="private",
+        )  # fmt: skip
+    gr.on([again.click, arrival.change], lambda: gr.update(visible=False), None, versus, **SILENT)

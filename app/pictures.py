@@ -25,10 +25,7 @@ def build_gallery() -> gr.Gallery:
 def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> None:
     """Lays out the tab and wires Generate to it, which draws a new seed first unless `lock` is on."""
     studio.gallery.render()
-    slider = gr.ImageSlider(
-        label="Picture A against the picked result", format="png", interactive=False, elem_id="versus", visible=False,
-        max_height=420, buttons=["fullscreen"],
-    )  # fmt: skip
+    slider = build_versus("versus")
     inputs = studio.inputs("prompt", "view", "embed", "cards", "num_images", "tfg_scale", "seed", *SAMPLING)
     outputs = [studio.gallery, studio.settings["seed"], studio.status]
     seed = studio.settings["seed"]
@@ -46,6 +43,14 @@ def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> No
     )  # fmt: skip
 
 
+def build_versus(elem_id: str) -> gr.ImageSlider:
+    """A slider for picture A and a result, put away until there are both."""
+    return gr.ImageSlider(
+        label="Picture A against the picked result", format="png", interactive=False, elem_id=elem_id, visible=False,
+        max_height=420, buttons=["fullscreen"],
+    )  # fmt: skip
+
+
 def show_tab() -> tuple:
     """The tab Pictures in front, its slider put away."""
     return gr.Tabs(selected="pictures"), gr.update(visible=False)
@@ -53,10 +58,16 @@ def show_tab() -> tuple:
 
 def compare(handlers: Handlers, gallery: list[dict[str, Any]], picture: Upload, fit: str, index: int) -> Any:
     """The slider with the picked result over what the encoder saw of picture A; put away when one is missing."""
+    picked = gallery[index]["image"] if gallery and 0 <= index < len(gallery) else None
+    return compare_two(picture, picked, fit)
+
+
+def compare_two(picture: Upload, picked: Upload, fit: str) -> Any:
+    """The same for a result that is known."""
     with in_words():
-        if picture is None or not gallery or not 0 <= index < len(gallery):
+        if picture is None or picked is None:
             return gr.update(visible=False)
-        result = open_upload(gallery[index]["image"])
+        result = open_upload(picked)
         return gr.update(value=(beside(open_upload(picture), result.size, fit), result), visible=True)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +24,14 @@ from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
 _log = logging.getLogger(__name__)
 MAX_REMEMBERED = 60  # results
+WORDS = tuple(card_key("word", i) for i in range(MAX_CARDS))  # what each model's page remembers for itself
 Values = dict[str, Any]
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """The components that can be brought back, by name; `remembered` are those whose values the browser keeps."""
+    """The components that can be brought back, by name; `remembered` are those kept for the pages of all models."""
 
     handlers: Handlers
     targets: dict[str, Component]
@@ -45,9 +46,10 @@ class Page:
         assert not set(values) - set(self.targets), set(values) - set(self.targets)
         return tuple(values.get(name, gr.skip()) for name in self.targets)
 
-    def save_js(self) -> str:
-        """JavaScript that makes one object of the remembered components' values."""
-        return f"(...values) => Object.fromEntries({json.dumps(self.remembered)}.map((name, i) => [name, values[i]]))"
+
+def save_js(names: Sequence[str]) -> str:
+    """JavaScript that makes one object of the values of components by these names."""
+    return f"(...values) => Object.fromEntries({json.dumps(names)}.map((name, i) => [name, values[i]]))"
 
 
 def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Gallery) -> Page:
@@ -57,7 +59,7 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
     panels = {f"panel_{i}": card.panel for i, card in enumerate(panel.cards)}
     seen = {f"seen_{i}": card.seen for i, card in enumerate(panel.cards)}
     rest = {"shown": shown, "add": panel.add, "arrival": panel.arrival}
-    return Page(studio.handlers, kept | panels | seen | rest, tuple(kept))
+    return Page(studio.handlers, kept | panels | seen | rest, tuple(name for name in kept if name not in WORDS))
 
 
 def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
@@ -141,12 +143,14 @@ def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tupl
     return page.fill(from_recipe(page.handlers, recipe, cleared))
 
 
-def remember(page: Page, saved: object, link: object = "") -> tuple:
+def remember(page: Page, saved: object, words: object = None, link: object = "") -> tuple:
     """What the browser remembers of this page, as far as it still holds, under what the link holds that opened it.
 
+    saved: of the pages of all models; words: of this model's.
     Nothing of either is taken on trust; a value that does not hold costs only itself.
     """
-    values = _remembered(page.handlers, saved) if isinstance(saved, dict) and saved else {}
+    known = {name: value for each in (saved, words) if isinstance(each, dict) for name, value in each.items()}
+    values = _remembered(page.handlers, known) if known else {}
     return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
 
 

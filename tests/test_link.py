@@ -38,7 +38,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def opened(page: Page, link: object, memory: object = None) -> dict[str, Any]:
     """What changes on a page that a link opens, by name."""
-    return named(page, remember(page, memory, link))
+    return named(page, remember(page, memory, link=link))
 
 
 def packed(text: str) -> str:

@@ -179,6 +179,13 @@ def test_no_memory_is_a_fresh_page(page, memory):
     assert named(page, restore.remember(page, memory)) == {}
 
 
+def test_words_come_from_the_memory_of_this_models_page(handlers, page, upload):
+    word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]))
+    values = named(page, restore.remember(page, saved(upload), {"word_2": word}))
+    assert values["word_2"] == word and values["prompt"] == "a dog" and values["shown"][1]
+    assert set(named(page, restore.remember(page, {}, {"word": word}))) >= {"word", "shown"}
+
+
 def test_a_memory_of_an_older_page_brings_back_what_it_has(page):
     values = named(page, restore.remember(page, {"prompt": "alone"}))
     assert values["prompt"] == "alone" and values["picture"] is None and "seed" not in values

@@ -62,6 +62,11 @@ def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
 
 def test_a_picked_result_is_compared_with_its_original(page: Page) -> None:
     choose(page, CACTUS)
+    wait_rebuilt(page)
+    page.locator("#rung-3 img").click()
+    expect(page.locator("#ladder-versus img").first).to_be_visible()
+    page.get_by_role("button", name="Rebuild").click()
+    expect(page.locator("#ladder-versus")).not_to_be_visible()
     open_settings(page)
     draw_one(page, "")
     page.locator("#gallery .thumbnail-item").first.click()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, expect
 
 from app.handlers import Handlers
@@ -14,6 +15,7 @@ from app.ui import Notes, build_demo, launch_options
 from tests.e2e.conftest import free_port, open_app
 from tests.e2e.test_app import download, open_settings, set_slider, wait_drawn
 from train.presets import PRESETS
+from vilex.codes import VilexCode, to_text
 from vilex.encoder import build_encoder
 from vilex.model import ViLex
 from vilex.pipeline import VilexPipeline
@@ -37,12 +39,17 @@ def address(pipeline: VilexPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyP
         each.engine.close()
 
 
-def test_the_choice_of_a_model_leads_to_its_page(browser: Browser, address: str) -> None:
+def test_the_choice_of_a_model_leads_to_its_page(browser: Browser, address: str, pipeline: VilexPipeline) -> None:
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         page = open_app(context.new_page(), address)
         page.locator("#prompt textarea").fill("a red dog")
         expect(page.locator("#small-print")).to_contain_text("Model: tiny.")
         expect(page.locator(".nav-holder")).not_to_be_visible()
+        page.get_by_role("button", name="Adjust picture A").click()
+        source = page.locator("#source-A").get_by_role("textbox")
+        source.fill(to_text(VilexCode(torch.ones(2, 8), pipeline.fingerprint)))
+        source.press("Enter")
+        expect(page.get_by_text("A word of 2 tokens")).to_be_visible()
         open_settings(page)
         set_slider(page, "num-inference-steps", 2)
         page.get_by_label("Model").click()
@@ -61,3 +68,4 @@ def test_the_choice_of_a_model_leads_to_its_page(browser: Browser, address: str)
         page.get_by_role("option", name="tiny").click()
         page.wait_for_url(f"{address}/")
         expect(page.locator("#small-print")).to_contain_text("Model: tiny.")
+        expect(page.get_by_text("A word of 2 tokens")).to_be_visible()  # which only this model can read
