@@ -14,6 +14,7 @@ import click
 import torch
 
 from app.about import licence_line
+from app.cleanup import start_cleaning
 from app.engine import Engine
 from app.handlers import Handlers, measure
 from app.models import LaterPipeline, named_models, other_folders
@@ -72,6 +73,8 @@ def main(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("app").setLevel(logging.INFO)
     try:
+        if mcp and auth:
+            raise ValueError("--mcp and --auth do not work together: the tools have no password to give")
         pick_dtype(dtype, pick_device(device))
         if offload:
             require_offload(pick_device(device))
@@ -95,6 +98,7 @@ def main(
     except OSError as error:
         click.echo(f"Cannot listen on {host}, port {port or DEFAULT_PORT}: {str(error).split('.')[0]}.", err=True)
         sys.exit(1)
+    start_cleaning(demo)
     if demo.mcp_error:
         click.echo("No MCP tools: they need pip install 'gradio[mcp]'.", err=True)
     if port is None and demo.server_port != DEFAULT_PORT:

@@ -47,7 +47,7 @@ def wire_history(
         # a gallery out of sight tells no change
         added.then(None, shared, memories[0], js=save_js(page.remembered), **_QUIET)
     history.select(_pick, None, picked, queue=False, **_QUIET)
-    back.click(partial(_back, page), [history, picked], page.outputs(), preprocess=False, **_QUIET)
+    back.click(partial(_back, page), picked, page.outputs(), preprocess=False, **_QUIET)
     pictures = [part for card in panel.cards for part in (card.picture, card.word)]
     panel.open.upload(partial(_open, page), [panel.open, *pictures], page.outputs(), preprocess=False, **_QUIET)
     for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
@@ -68,15 +68,15 @@ def _build_memories(page: Page) -> list[gr.BrowserState]:
     return [gr.BrowserState({}, storage_key=key, secret=SECRET) for key in keys]
 
 
-def _pick(event: gr.SelectData) -> int:
-    return event.index
+def _pick(event: gr.SelectData) -> str:
+    return event.value["image"]["path"]  # not its place, which new results move
 
 
-def _back(page: Page, history: list[dict[str, Any]] | None, picked: int | None) -> tuple:
+def _back(page: Page, picked: str | None) -> tuple:
     with in_words():
-        if picked is None or not history or picked >= len(history):
+        if not picked:
             raise ValueError("Pick a result first")
-    return bring_back(page, history[picked]["image"]["path"])
+    return bring_back(page, picked)
 
 
 def _open(page: Page, file: dict[str, Any], *cards: Any) -> tuple:

@@ -146,10 +146,9 @@ def lay_out(handlers: Handlers, budgets: str, laid_out: Sequence[int]) -> tuple:
     return *columns, *[None] * MAX_RUNGS, *texts, *buttons, rungs
 
 
-def use(handlers: Handlers, index: int, budgets: str) -> tuple:
+def use(index: int, laid_out: Sequence[int]) -> tuple:
     """The token count of that rung, for every card, and the status."""
-    with in_words():
-        count = parse_budgets(budgets, handlers.max_tokens)[index]
+    count = laid_out[index]
     return *[count] * MAX_CARDS, finished(f"Every picture now speaks with at most {rung_name(count)}.")
 
 
@@ -212,7 +211,7 @@ def _wire(
     )  # fmt: skip
     counts = [card.num_tokens for card in studio.cards]
     for index, rung in enumerate(rungs):
-        rung.use.click(partial(use, handlers, index), budgets, [*counts, studio.status], **SILENT)
+        rung.use.click(partial(use, index), laid_out, [*counts, studio.status], **SILENT)
 
 
 def _wire_versus(

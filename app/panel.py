@@ -1,6 +1,5 @@
 """The left side of the page: picture cards, the prompt with its budget bar, the buttons, and all settings folded."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import gradio as gr
 from gradio.components import Component
 
 from app.cards import MAX_CARDS, MAX_NAME_CHARS, NAMES
+from app.download import ON_SPACES
 from app.handlers import MAX_COPIED, VIEWS, Handlers
 from app.polish import build_polish
 from app.presets import build_presets, wire_presets
@@ -16,7 +16,6 @@ from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationC
 from vilex.diffusion import EmbeddedModel
 
 TFG_SCALE = 3.0  # where the words of a mix begin to show with the weights that come with the code
-ON_SPACES = os.environ.get("SYSTEM") == "spaces"  # there the server fetches nothing from addresses that users name
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
 
 

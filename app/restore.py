@@ -11,7 +11,18 @@ import gradio as gr
 from gradio.components import Component
 from PIL import Image
 
-from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, CardInput, card_key, check_card, pack, upload_path, usable_name
+from app.cards import (
+    CARD_FIELDS,
+    MAX_CARDS,
+    NAMES,
+    CardInput,
+    card_key,
+    check_card,
+    is_polished,
+    pack,
+    upload_path,
+    usable_name,
+)
 from app.handlers import VIEWS, Handlers, Look, text_of
 from app.ladder import rung_name
 from app.link import from_link
@@ -19,7 +30,7 @@ from app.messages import in_words, sentence, tell
 from app.panel import Panel
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import DEFAULT_TOKENS, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, SCHEDULERS, GenerationConfig
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
 _log = logging.getLogger(__name__)
@@ -69,17 +80,23 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
     """
     values: Values = {"prompt": recipe.prompt, "lock": True}
     values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
+    values["scheduler"] = _usable_scheduler(handlers, recipe.config.scheduler)
     images = recipe.images[:MAX_CARDS]
     for i in range(MAX_CARDS):
-        values |= _card_values(i, images[i] if i < len(images) else None, i in cleared)
+        values |= _card_values(handlers, i, images[i] if i < len(images) else None, i in cleared)
     shown = [i < max(1, len(images)) for i in range(MAX_CARDS)]
     return values | _layout(shown)
 
 
-def _card_values(index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
+def _usable_scheduler(handlers: Handlers, name: str) -> str:
+    known = ("auto", *handlers.pipeline.t2i.schedulers) if handlers.pipeline else SCHEDULERS
+    return name if name in known else "auto"
+
+
+def _card_values(handlers: Handlers, index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
     own: Values = {}
     if image is not None:
-        own |= {"num_tokens": image.num_tokens, "name": usable_name(image.name, index)}
+        own |= {"num_tokens": min(image.num_tokens, handlers.max_tokens), "name": usable_name(image.name, index)}
         own["weight"] = 1.0 if image.code else image.weight  # a code has it in it
         own |= {"fit": image.fit} if image.fit and not image.code else {}
     if image is None or image.code or is_cleared:
@@ -159,17 +176,18 @@ def _linked(handlers: Handlers, link: str) -> Values:
         recipe = from_link(link)
         values = from_recipe(handlers, recipe)
         handlers.read_cards(dict(values))  # as a request would: codes of another model are refused here
+        _tell_restored(recipe, handlers)
     except ValueError as error:
         text = f"This link cannot be opened: {error}"
         gr.Warning(sentence(text).message, title="That did not work")
         return {}
-    _tell_restored(recipe, handlers)
     return values
 
 
 def _remembered(handlers: Handlers, saved: Values) -> Values:
     names = [f.name for f in dataclasses.fields(GenerationConfig) if f.name != "num_tokens"]
     values = _take(GenerationConfig(), {name: saved[name] for name in names if name in saved})
+    values |= {"scheduler": _usable_scheduler(handlers, values.get("scheduler", "auto"))}
     values |= _take(Look(VIEWS[0], False), {name: saved[name] for name in ("view", "embed") if name in saved})
     values |= {"lock": saved.get("lock") is True, "prompt": _prompt(saved.get("prompt"))}
     shown = [True] + [False] * (MAX_CARDS - 1)
@@ -186,6 +204,10 @@ def _remembered_card(handlers: Handlers, saved: Values, index: int) -> Values:
     start = CardInput(None, "", "", 1.0, DEFAULT_TOKENS, "crop")
     card = _take(start, {name: saved[key] for name, key in keys.items() if key in saved}, check_card)
     path, seen = _seen(handlers, card.get("picture"), card.get("fit", start.fit))
+    if path and not is_polished(card.get("word", ""), {"path": path}, card.get("fit", start.fit)):
+        card["word"] = ""  # the picture came later: a word that comes takes it away
+    if "num_tokens" in card:
+        card["num_tokens"] = min(card["num_tokens"], handlers.max_tokens)
     return {keys[name]: value for name, value in card.items()} | {keys["picture"]: path, f"seen_{index}": seen}
 
 

@@ -36,7 +36,7 @@ def find(
     files: pictures to compare with; sources: "history" adds the results of the page, "examples" its examples.
     """
     with in_words():
-        pipeline, word = handlers.ready(), read_one(handlers, values, NAMES[0], full=True)
+        pipeline, word = handlers.ready(), read_one(handlers, values | {"weight": 1.0}, NAMES[0], full=True)
         files = _gather(examples, files or [], sources or [], history or [])
         tokens, images, names, clock = [], [], [], Clock(len(files))
         for i, (path, name) in enumerate(files, 1):

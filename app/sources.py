@@ -12,7 +12,7 @@ from app.download import download
 from app.handlers import Handlers
 from app.ladder import rung_name
 from app.messages import finished, in_words, sentence
-from app.panel import ON_SPACES, CardExtras, Panel
+from app.panel import CardExtras, Panel
 from app.studio import Card
 from vilex.images import MAX_DECODES
 from vilex.recipe import load_recipe
@@ -21,6 +21,7 @@ _LOOK = {
     "show_progress": "hidden", "concurrency_limit": MAX_DECODES, "concurrency_id": "look", "api_visibility": "private",
 }  # fmt: skip
 MOST_CUT = 0.2  # of a picture's longer side: where the encoder's crop takes more, the card says so
+MAX_FETCHES = 8  # at once, apart from the pictures that are looked at: an address may be slow
 Shown = list[bool]  # which cards are on the page
 
 
@@ -53,7 +54,10 @@ def _wire_card(
             **_LOOK,
         ),
         extra.source.submit(
-            partial(fetch, handlers), [extra.source, card.fit], [card.picture, extra.source, *sight], **_LOOK
+            partial(fetch, handlers),
+            [extra.source, card.fit],
+            [card.picture, extra.source, *sight],
+            **(_LOOK | {"concurrency_limit": MAX_FETCHES, "concurrency_id": "fetch"}),
         ),
     ]
     arrivals[0].failure(None, None, card.picture, js="() => null", **_quiet())  # what is no picture does not stay
@@ -116,9 +120,7 @@ def fetch(handlers: Handlers, source: str, fit: str) -> tuple:
             return (gr.skip(),) * 6
         if not text.lower().startswith(("http:", "https:", "ftp:", "file:")):
             word = pack(unpack(text, handlers.ready().fingerprint))
-            return gr.skip(), "", gr.skip(), word, gr.skip(), gr.skip()
-        if ON_SPACES:
-            raise ValueError("This server fetches nothing from addresses: save the picture and drop it here")
+            return None, "", None, word, gr.skip(), gr.skip()
         path = download(text)
         return path, "", *arrive(handlers, {"path": path}, fit)
 

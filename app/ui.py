@@ -15,6 +15,7 @@ from app.about import build_about
 from app.balance import build_balance
 from app.blend import build_blend
 from app.compare import build_compare
+from app.download import guard_gradio
 from app.handlers import Handlers
 from app.history import build_history, wire_history
 from app.inspector import build_inspector
@@ -113,6 +114,7 @@ def build_demo(
     handlers: Handlers, notes: Notes = Notes(), others: Sequence[tuple[Handlers, Notes]] = ()
 ) -> gr.Blocks:  # fmt: skip
     """The page, wired, and one for each other model; `launch(**launch_options())` shows it."""
+    guard_gradio()
     names = [each.pipeline.name for each in (handlers, *(other for other, _ in others)) if others]
     with gr.Blocks(title="ViLex: an image is a word", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         _build_page(demo, handlers, notes, names)

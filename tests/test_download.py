@@ -2,6 +2,7 @@
 
 import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
+import asyncio
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ import pytest
 from app import download as downloading
 from app import sources
 from app.download import download
+from app.ui import build_demo
 
 assert app
 pytest_plugins = ["tabs"]
@@ -77,7 +79,21 @@ def test_what_is_no_picture_to_be_had_is_refused(address, path, message):
 
 
 def test_a_space_fetches_nothing(handlers, monkeypatch):
-    monkeypatch.setattr(sources, "ON_SPACES", True)
-    monkeypatch.setattr(sources, "download", None)
+    monkeypatch.setattr(downloading, "ON_SPACES", True)
+    monkeypatch.setattr(downloading, "_fetch", None)
     with pytest.raises(gr.Error, match="This server fetches nothing from addresses"):
         sources.fetch(handlers, "https://example.org/a.png", "crop")
+
+
+@pytest.mark.parametrize("ip", ["100.64.0.1", "192.0.0.8", "fec0::1", "10.1.2.3", "::1", "fe80::1%eth0", "0.0.0.0"])
+def test_addresses_that_are_not_of_the_public_internet_are_known(ip):
+    assert not downloading._is_public(ip)
+    assert downloading._is_public("93.184.215.14") and downloading._is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+
+
+def test_gradio_fetches_for_a_request_by_the_same_rules(handlers, address, tmp_path):
+    build_demo(handlers)
+    move = gr.Image(type="filepath").async_move_resource_to_block_cache
+    assert Path(asyncio.run(move(f"{address}/moved"))).read_bytes() == PICTURE
+    with pytest.raises(gr.Error, match="larger than"):
+        asyncio.run(move(f"{address}/large"))

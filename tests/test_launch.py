@@ -55,10 +55,12 @@ def test_without_flags_it_listens_for_this_machine_only(launched):
 
 
 def test_variables_are_read_and_flags_win(launched):
-    variables = {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": "8123", "GRADIO_MCP_SERVER": "True"}
+    variables = {"GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_SERVER_PORT": "8123"}
+    launched.run(**variables, GRADIO_MCP_SERVER="True")
+    assert launched.options["mcp_server"] is True
     launched.run(**variables, VILEX_STEPS="7", VILEX_AUTH="artist:se:cret")
     options = launched.options
-    assert (options["server_name"], options["server_port"], options["mcp_server"]) == ("0.0.0.0", 8123, True)
+    assert (options["server_name"], options["server_port"]) == ("0.0.0.0", 8123)
     assert options["auth"] == ("artist", "se:cret") and launched.labels["Steps"].value == 7
     launched.run("--host", "127.0.0.1", "--port", "8200", "--steps", "9", "--auth", "me:mine", **variables)
     options = launched.options
@@ -80,6 +82,12 @@ def test_bad_flags_are_one_sentence_and_nothing_starts(launched, flag, value, me
     result = launched.run(flag, value)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not launched.options and "secret" not in result.stderr
+
+
+def test_tools_and_a_password_do_not_go_together(launched):
+    result = launched.run("--mcp", "--auth", "me:mine")
+    assert result.exit_code == 2 and "--mcp and --auth do not work together" in " ".join(result.stderr.split())
+    assert not launched.options
 
 
 def test_nobody_is_told_of_the_users():

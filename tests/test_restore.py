@@ -13,6 +13,7 @@ from PIL import Image
 from app import pictures, restore, sources
 from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, take_cards, unpack
 from app.handlers import Handlers
+from app.link import to_link
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import GenerationConfig
@@ -179,6 +180,22 @@ def test_no_memory_is_a_fresh_page(page, memory):
     assert named(page, restore.remember(page, memory)) == {}
 
 
+def test_what_another_models_page_remembers_is_made_to_fit(handlers, page, upload):
+    word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]))
+    values = named(page, restore.remember(page, saved(upload, scheduler="euler", num_tokens=150, word=word)))
+    assert (values["scheduler"], values["num_tokens"]) == ("auto", handlers.max_tokens)
+    assert values["picture"] == upload["path"] and values["word"] == ""  # which would take the picture away
+
+
+def test_a_result_of_another_model_comes_back_as_far_as_it_can(handlers, page, upload, told):
+    recipe = load_recipe(draw(handlers, upload))
+    other = replace(recipe, config=replace(recipe.config, scheduler="euler"), fingerprint="other", model="sd15")
+    link = to_link(replace(other, images=()))
+    values = named(page, restore.remember(page, saved(upload), link=link))
+    assert (values["scheduler"], values["prompt"], values["history"]) == ("auto", "[corgi] a dog", [])
+    assert "Drawn by 'sd15' with other weights" in told[0]
+
+
 def test_words_come_from_the_memory_of_this_models_page(handlers, page, upload):
     word = pack(load_code(handlers.encode(picture=upload, num_tokens=2)[0]))
     values = named(page, restore.remember(page, saved(upload), {"word_2": word}))
@@ -240,7 +257,8 @@ def test_a_card_says_when_the_encoder_sees_only_a_part(handlers, upload):
 
 def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
     path, text = handlers.encode(picture=upload, num_tokens=2)
-    word = sources.fetch(handlers, f"  {text}\n", "crop")[3]
+    picture, _, seen, word, *_ = sources.fetch(handlers, f"  {text}\n", "crop")
+    assert picture is seen is None  # a picture in the card is not rebuilt once more
     picture, panel, shown, add, seen, _, note, _ = sources.word_arrives(handlers, 1, word, [True, False, False, False])
     assert picture is None and panel["visible"] and shown == [True, True, False, False] and add["visible"]
     assert "A word of 2 tokens" in note and seen is None

@@ -44,6 +44,11 @@ def test_only_the_ticked_sources_are_compared(handlers, cards, files, tmp_path):
     assert [caption.split(" · ")[1] for _, caption in found] == ["red"] and "could not" not in status
 
 
+def test_how_much_a_picture_says_does_not_change_what_it_is_like(handlers, cards, files):
+    *_, (found, _) = find(handlers, [], [cards["picture"], *files], **cards | {"weight": 0.0})
+    assert found[0][1] == "1.00 · corner"
+
+
 def test_a_code_is_compared_by_the_tokens_it_holds(handlers, cards, files):
     _, code = handlers.encode(picture=cards["picture"], num_tokens=2)
     *_, (found, _) = find(handlers, [], [cards["picture"], *files], word=code)

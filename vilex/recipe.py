@@ -146,9 +146,9 @@ def build_recipe_image(
 
 def differences(recipe: Recipe, pipeline: "VilexPipeline") -> str:
     """One sentence on what is other here than where the picture was drawn, empty when nothing is."""
-    here = build_recipe(pipeline, recipe.prompt, recipe.config)
-    if recipe.fingerprint != here.fingerprint:
+    if recipe.fingerprint != pipeline.fingerprint:
         return f"Drawn by {recipe.model!r} with other weights than those in use: the picture will be another"
+    here = build_recipe(pipeline, recipe.prompt, dataclasses.replace(recipe.config, scheduler="auto"))
     there, now = ({"dtype": r.dtype, "device": r.device} | r.environment for r in (recipe, here))
     changed = [name for name in there if name in now and there[name] != now[name] and name != "python"]
     if not changed:

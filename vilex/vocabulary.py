@@ -104,7 +104,8 @@ class Vocabulary:
 
         Raises ValueError for a text without any word piece and a strength that is not finite.
         """
-        return shift(vilex_tokens, self._mean(minus), self._mean(plus), strength)
+        means = (None if mean is None else mean.to(vilex_tokens) for mean in map(self._mean, (minus, plus)))
+        return shift(vilex_tokens, *means, strength)
 
     def _mean(self, words: str) -> Tensor | None:
         """The mean (1,D) of the embeddings of some words, in every text encoder there is; None without words."""
