@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import gradio as gr
-from gradio.utils import get_upload_folder
+from gradio.utils import abspath, get_upload_folder
 
 MOST_SECONDS = 86_400  # that a file is kept
-_EVERY_SECONDS = 3_600
+EVERY_SECONDS = 3_600
 
 
 def start_cleaning(demo: gr.Blocks) -> None:
@@ -18,8 +18,9 @@ def start_cleaning(demo: gr.Blocks) -> None:
 
     def work() -> None:
         while True:
-            time.sleep(_EVERY_SECONDS)
-            delete_old(Path(get_upload_folder()), MOST_SECONDS, kept_files(demo))
+            time.sleep(EVERY_SECONDS)
+            with suppress(OSError):  # another app may clean the same folder
+                delete_old(abspath(get_upload_folder()), MOST_SECONDS, kept_files(demo))
 
     threading.Thread(target=work, name="cleanup", daemon=True).start()
 
@@ -30,11 +31,10 @@ def kept_files(demo: gr.Blocks) -> set[str]:
 
 
 def delete_old(folder: Path, most_seconds: float, kept: Collection[str] = ()) -> None:
-    """Deletes files below a folder that have lain there for longer, and the folders that are empty then."""
+    """Deletes files below a folder that have lain there for longer, and empty folders that nobody has changed since."""
     oldest = time.time() - most_seconds
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
         with suppress(OSError):  # in use, gone meanwhile, or a folder that is not empty
-            if path.is_dir():
-                path.rmdir()
-            elif path.lstat().st_ctime < oldest and str(path) not in kept:  # copies keep another file's mtime
-                path.unlink()
+            if path.lstat().st_ctime > oldest or str(path) in kept:  # copies keep another file's mtime
+                continue
+            path.rmdir() if path.is_dir() else path.unlink()

@@ -22,9 +22,10 @@ from app.handlers import VIEWS, Handlers, check_choice, text_of
 from app.ladder import rung_name
 from app.messages import Clock, finished, in_words
 from app.studio import SAMPLING, Studio
-from app.workbench import card_choice, read_one, read_settings, words_of
+from app.workbench import card_choice, read_one, read_settings
 from vilex.config import GenerationConfig, token_budgets
 from vilex.images import fit_image
+from vilex.prompt import words_of
 from vilex.sampling import Conditions
 
 WORDS = "words alone"
@@ -178,7 +179,8 @@ class Compare:
 
 def _words_of(prompt: str, values: Mapping[str, Any]) -> str:
     """The prompt without its pictures. Raises ValueError when nothing is left."""
-    words = words_of(text_of(prompt), names_of(take_cards(dict(values))))
+    cards = take_cards(dict(values))
+    words = words_of(text_of(prompt), len(cards), names_of(cards))
     if not words:
         raise ValueError(f"The arm {WORDS!r} needs words in the prompt")
     return words

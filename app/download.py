@@ -10,7 +10,8 @@ from urllib.parse import unquote, urljoin, urlparse
 
 import gradio as gr
 import httpx
-from gradio import processing_utils
+from fastapi import HTTPException
+from gradio import processing_utils, routes
 from gradio.utils import get_upload_folder
 from safehttpx import AsyncSecureTransport, is_public_ip
 
@@ -34,7 +35,7 @@ def download(address: str) -> str:
 def guard_gradio() -> None:
     """Has gradio, which fetches what a request of the API names by address, do so under the same rules.
 
-    Its own function reads files of any size, and on a Space too.
+    Its own function reads files of any size, and on a Space too. What it would pass on to a browser it refuses.
     """
 
     async def fetch(url: str, cache_dir: str) -> str:
@@ -43,7 +44,11 @@ def guard_gradio() -> None:
         except ValueError as error:
             raise gr.Error(sentence(str(error)).message) from error
 
+    async def refuse(url: str, _: object) -> None:
+        raise HTTPException(403, f"File not allowed: {url}.")
+
     processing_utils.async_ssrf_protected_download = fetch
+    routes.secure_url_stream_response = refuse
 
 
 async def _download(address: str, cache: str) -> str:

@@ -9,7 +9,7 @@ from gradio.events import Dependency
 from app.link import READ
 from app.messages import in_words
 from app.panel import Panel
-from app.restore import MAX_REMEMBERED, WORDS, Page, bring_back, open_file, remember, save_js
+from app.restore import MAX_REMEMBERED, OWN, Page, bring_back, open_file, remember, save_js
 from app.studio import Studio
 
 STORAGE_KEY, SECRET = "vilex-page", "vilex"  # fixed, or a restart of the app would forget everybody's page
@@ -55,16 +55,16 @@ def wire_history(
             partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
         restored.success(lambda: ("", gr.update(visible=False)), None, [card.note, extra.restore], **_QUIET)
-    for memory, names in zip(memories, (page.remembered, WORDS), strict=True):
+    for memory, names in zip(memories, (page.remembered, OWN), strict=True):
         kept = [page.targets[name] for name in names]
         gr.on([part.change for part in kept], None, kept, memory, js=save_js(names), **_QUIET)
     return demo.load(partial(remember, page), [*memories, panel.linked[0]], page.outputs(), js=READ, **_QUIET)
 
 
 def _build_memories(page: Page) -> list[gr.BrowserState]:
-    """What the browser keeps for the pages of all models, and the words, which are those of one model."""
+    """What the browser keeps for the pages of all models, and what it keeps for this model's alone."""
     pipeline = page.handlers.pipeline
-    keys = (STORAGE_KEY, f"{STORAGE_KEY}-words-{pipeline.name if pipeline else ''}")
+    keys = (STORAGE_KEY, f"{STORAGE_KEY}-own-{pipeline.name if pipeline else ''}")
     return [gr.BrowserState({}, storage_key=key, secret=SECRET) for key in keys]
 
 

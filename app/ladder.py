@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from html import escape
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 from PIL import Image
 
 from app.cards import MAX_CARDS, PictureWord, read_card, take_cards
@@ -165,8 +166,9 @@ def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
     with gr.Row(elem_id="rungs"):
         rungs = [_build_rung(i, start) for i in range(MAX_RUNGS)]
     versus = build_versus("ladder-versus")
+    # before what climbs: a page runs the listeners of one event one after the other
+    _wire_versus(studio, [again.click, budgets.submit, arrival.change], rungs, versus)
     _wire(studio, arrival, budgets, again, rungs, gr.State(start))
-    _wire_versus(studio, arrival, again, rungs, versus)
     return [rung.image for rung in rungs]
 
 
@@ -215,7 +217,7 @@ def _wire(
 
 
 def _wire_versus(
-    studio: Studio, arrival: gr.Textbox, again: gr.Button, rungs: Sequence[Rung], versus: gr.ImageSlider
+    studio: Studio, redrawn: Sequence[Callable[..., Dependency]], rungs: Sequence[Rung], versus: gr.ImageSlider
 ) -> None:  # fmt: skip
     """A click on a rung lays it over picture A; the slider goes when the ladder is drawn again."""
     first = studio.cards[0]
@@ -225,4 +227,4 @@ def _wire_versus(
             compare_two, [first.picture, rung.image, first.fit], versus,
             show_progress="hidden", preprocess=False, api_visibility="private",
         )  # fmt: skip
-    gr.on([again.click, arrival.change], lambda: gr.update(visible=False), None, versus, **SILENT)
+    gr.on(redrawn, lambda: gr.update(visible=False), None, versus, **SILENT)

@@ -29,12 +29,12 @@ _COPY = """async (part, note) => {
 }"""
 # The link goes out of the address once it is read, lest a refresh undo what the user does next; and a link that is
 # pasted into the address of an open page changes only what is behind the #, for which no browser loads anything
-READ = f"""(memory, words) => {{
+READ = f"""(memory, own) => {{
   const isLink = () => location.hash.startsWith("{MARK}");
   const part = isLink() ? location.hash : "";
   if (part) history.replaceState(history.state, "", location.pathname + location.search);
   addEventListener("hashchange", () => {{ if (isLink()) location.reload(); }});
-  return [memory, words, part];
+  return [memory, own, part];
 }}"""
 
 

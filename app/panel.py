@@ -155,7 +155,7 @@ def _build_settings(
         )  # fmt: skip
         with gr.Accordion("Sampler", open=False):
             more["scheduler"] = gr.Dropdown(
-                _schedulers(handlers), value=GenerationConfig.scheduler, label="Scheduler", filterable=False
+                schedulers(handlers), value=GenerationConfig.scheduler, label="Scheduler", filterable=False
             )
             more["guidance_low"] = slider("guidance_low", "Guidance from noise level", step=0.05)
             more["guidance_high"] = slider("guidance_high", "Guidance to noise level", step=0.05)
@@ -170,7 +170,7 @@ def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Bu
         word = gr.File(label="The picture as a .vilex file", interactive=False, height=90)
         code = gr.Textbox(
             label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code",
-            info=f"For at most {MAX_COPIED} tokens: turn “Tokens of A” down for one",
+            info=f"Only for {MAX_COPIED} tokens or fewer: turn “Tokens of A” down to get one",
         )  # fmt: skip
         polish = build_polish()
     return keep, [word, code], polish
@@ -200,7 +200,7 @@ def slider(
     )  # fmt: skip
 
 
-def _schedulers(handlers: Handlers) -> list[str]:
-    # by the model's kind alone: it may not be loaded yet
+def schedulers(handlers: Handlers) -> list[str]:
+    """What the page offers, by the model's kind alone: it may not be loaded yet."""
     is_embedded = handlers.pipeline is None or handlers.pipeline.is_embedded
     return ["auto", *EmbeddedModel.schedulers] if is_embedded else list(SCHEDULERS)

@@ -12,9 +12,10 @@ from app.engine import Waiting
 from app.handlers import Handlers, text_of
 from app.messages import Clock, duration, finished, in_words, waiting
 from app.studio import Studio
-from app.workbench import read_whole, words_of
+from app.workbench import read_whole
 from vilex.codes import VilexCode
 from vilex.config import PolishConfig, range_of
+from vilex.prompt import words_of
 
 MAX_STEPS = 200  # of the slider; clients of the API may ask for more
 
@@ -28,10 +29,11 @@ def polish(handlers: Handlers, polish_steps: int, prompt: str = "", **values: An
     with in_words():
         pipeline = handlers.ready()
         steps = read_whole("polish_steps", polish_steps, range_of(PolishConfig, "num_steps"))
-        card = next(iter(take_cards(values)), None)
-        if card is None or card.picture is None:
+        if values.get("picture") is None:
             raise ValueError("Give picture A first: a word without its picture cannot be polished")
-        words = "" if pipeline.has_encoder else words_of(text_of(prompt), names_of([card]))
+        cards = take_cards(values)
+        card, names = cards[0], names_of(cards)  # A, since it has a picture
+        words = "" if pipeline.has_encoder else words_of(text_of(prompt), len(names), names)
         image, clock = open_upload(card.picture), Clock(steps)
         config = PolishConfig(pipeline.max_tokens, steps)
         with closing(handlers.engine.polish(image, config, card.fit, words)) as events:
@@ -58,6 +60,6 @@ def build_polish() -> tuple[gr.Slider, gr.Button]:
 def wire_polish(studio: Studio, steps: gr.Slider, button: gr.Button) -> None:
     """The button; what it found comes into card A beside its picture."""
     first = studio.cards[0]
-    inputs = first.inputs(0) | studio.inputs("prompt") | {"polish_steps": steps}
+    inputs = studio.inputs("cards", "prompt") | {"polish_steps": steps}
     outputs = [first.word, studio.status]
     studio.compute(button.click, partial(polish, studio.handlers), outputs, inputs, api_name="polish")

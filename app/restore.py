@@ -27,15 +27,16 @@ from app.handlers import VIEWS, Handlers, Look, text_of
 from app.ladder import rung_name
 from app.link import from_link
 from app.messages import in_words, sentence, tell
-from app.panel import Panel
+from app.panel import Panel, schedulers
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import DEFAULT_TOKENS, SCHEDULERS, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, GenerationConfig
+from vilex.prompt import has_words
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
 _log = logging.getLogger(__name__)
 MAX_REMEMBERED = 60  # results
-WORDS = tuple(card_key("word", i) for i in range(MAX_CARDS))  # what each model's page remembers for itself
+OWN = ("num_images", *(card_key("word", i) for i in range(MAX_CARDS)))  # what each model's page remembers for itself
 Values = dict[str, Any]
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
     panels = {f"panel_{i}": card.panel for i, card in enumerate(panel.cards)}
     seen = {f"seen_{i}": card.seen for i, card in enumerate(panel.cards)}
     rest = {"shown": shown, "add": panel.add, "arrival": panel.arrival}
-    return Page(studio.handlers, kept | panels | seen | rest, tuple(name for name in kept if name not in WORDS))
+    return Page(studio.handlers, kept | panels | seen | rest, tuple(name for name in kept if name not in OWN))
 
 
 def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
@@ -80,6 +81,8 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
     """
     values: Values = {"prompt": recipe.prompt, "lock": True}
     values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
+    if not recipe.images or not has_words(recipe.prompt, len(recipe.images), [image.name for image in recipe.images]):
+        del values["tfg_scale"]  # which had no effect: the slider stays where it is
     values["scheduler"] = _usable_scheduler(handlers, recipe.config.scheduler)
     images = recipe.images[:MAX_CARDS]
     for i in range(MAX_CARDS):
@@ -89,8 +92,7 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
 
 
 def _usable_scheduler(handlers: Handlers, name: str) -> str:
-    known = ("auto", *handlers.pipeline.t2i.schedulers) if handlers.pipeline else SCHEDULERS
-    return name if name in known else "auto"
+    return name if name in schedulers(handlers) else "auto"
 
 
 def _card_values(handlers: Handlers, index: int, image: RecipeImage | None, is_cleared: bool) -> Values:
@@ -160,13 +162,13 @@ def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tupl
     return page.fill(from_recipe(page.handlers, recipe, cleared))
 
 
-def remember(page: Page, saved: object, words: object = None, link: object = "") -> tuple:
+def remember(page: Page, saved: object, own: object = None, link: object = "") -> tuple:
     """What the browser remembers of this page, as far as it still holds, under what the link holds that opened it.
 
-    saved: of the pages of all models; words: of this model's.
+    saved: of the pages of all models; own: of this model's.
     Nothing of either is taken on trust; a value that does not hold costs only itself.
     """
-    known = {name: value for each in (saved, words) if isinstance(each, dict) for name, value in each.items()}
+    known = {name: value for each in (saved, own) if isinstance(each, dict) for name, value in each.items()}
     values = _remembered(page.handlers, known) if known else {}
     return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
 

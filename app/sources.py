@@ -80,9 +80,7 @@ def announce(event: Dependency, arrival: gr.Textbox) -> None:
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     """What the encoder sees of a new picture, no word, a note, and whether its settings can be brought back."""
     seen, note = _see(handlers, picture, fit)
-    has_recipe = picture is not None and carries_recipe(picture["path"])
-    note += finished("This picture carries the settings that made it.") if has_recipe else ""
-    return seen, "", note, gr.update(visible=has_recipe)
+    return seen, "", note, gr.update(visible=picture is not None and carries_recipe(picture["path"]))
 
 
 def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
@@ -100,8 +98,9 @@ def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | N
         image = open_upload(picture)
         share = min(image.size) / max(image.size)
         is_cut = fit == "crop" and share < 1 - MOST_CUT
-        note = f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it." if is_cut else ""
-        return handlers.seen(image, fit), finished(note) if note else ""
+        notes = [f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it."] if is_cut else []
+        notes += ["This picture carries the settings that made it."] if carries_recipe(picture["path"]) else []
+        return handlers.seen(image, fit), "".join(map(finished, notes))
 
 
 def carries_recipe(path: str) -> bool:

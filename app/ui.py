@@ -14,6 +14,7 @@ from gradio.components import Component
 from app.about import build_about
 from app.balance import build_balance
 from app.blend import build_blend
+from app.cleanup import EVERY_SECONDS, MOST_SECONDS
 from app.compare import build_compare
 from app.download import guard_gradio
 from app.handlers import Handlers
@@ -44,7 +45,7 @@ PROMPTS = (
     "a photo of a flower. <image>",
 )
 TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspector, "Compare": build_compare}
-MOST_SECONDS = 10  # of a picture, where the page starts with four of them
+SLOW_SECONDS = 10  # of a picture, where the page starts with four of them
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _SHOW_VIEW = "(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }"
 _SCRIPT = """<script>
@@ -106,8 +107,8 @@ class Notes:
 
     @property
     def num_images(self) -> int:
-        """Pictures at once that the slider starts at: one where each takes long."""
-        return 1 if self.steps * (self.seconds_per_step or 0) > MOST_SECONDS else 4
+        """Pictures at once that the slider starts at: one where each is known to take long."""
+        return 1 if self.steps * (self.seconds_per_step or 0) > SLOW_SECONDS else 4
 
 
 def build_demo(
@@ -116,7 +117,9 @@ def build_demo(
     """The page, wired, and one for each other model; `launch(**launch_options())` shows it."""
     guard_gradio()
     names = [each.pipeline.name for each in (handlers, *(other for other, _ in others)) if others]
-    with gr.Blocks(title="ViLex: an image is a word", analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
+    with gr.Blocks(
+        title="ViLex: an image is a word", analytics_enabled=False, delete_cache=(EVERY_SECONDS, MOST_SECONDS)
+    ) as demo:
         _build_page(demo, handlers, notes, names)
     for (other, its_notes), name in zip(others, names[1:], strict=True):
         with demo.route(name, page_path(name), show_in_navbar=False):

@@ -11,7 +11,6 @@ from app.cards import CARD_FIELDS, NAMES, PictureWord, card_key
 from app.handlers import Handlers, build_config
 from vilex.config import GenerationConfig, Range, check_range
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse
 from vilex.recipe import Recipe, build_recipe, build_recipe_image
 from vilex.sampling import Conditions
 from vilex.t2i import Conditioning
@@ -48,12 +47,6 @@ def read_whole(name: str, value: Any, bounds: Range) -> int:
     if value != int(value):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     return int(value)
-
-
-def words_of(prompt: str, names: Sequence[str]) -> str:
-    """The words of a prompt without its pictures, one by each name."""
-    segments = parse(prompt, len(names), names)
-    return " ".join(segment.strip() for segment in segments if isinstance(segment, str))
 
 
 def side_by_side(

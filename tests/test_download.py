@@ -10,6 +10,8 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from fastapi.testclient import TestClient
+from gradio import routes
 
 from app import download as downloading
 from app import sources
@@ -92,8 +94,10 @@ def test_addresses_that_are_not_of_the_public_internet_are_known(ip):
 
 
 def test_gradio_fetches_for_a_request_by_the_same_rules(handlers, address, tmp_path):
-    build_demo(handlers)
+    demo = build_demo(handlers)
     move = gr.Image(type="filepath").async_move_resource_to_block_cache
     assert Path(asyncio.run(move(f"{address}/moved"))).read_bytes() == PICTURE
     with pytest.raises(gr.Error, match="larger than"):
         asyncio.run(move(f"{address}/large"))
+    client = TestClient(routes.App.create_app(demo))
+    assert client.get(f"/gradio_api/file={address}/moved").status_code == 403

@@ -511,6 +511,8 @@ def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload)
     word, spelt = (improve(handlers, upload, prompt=prompt)[-1][0] for prompt in ("", "a red dog. <image>"))
     expected = handlers.pipeline.polish(Image.open(upload["path"]), 22, steps=STEPS, words="a red dog.")
     assert torch.equal(unpack(spelt).vilex_tokens, expected.half().float())
+    both = {"name": "A", "picture_2": upload, "name_2": "B", "prompt": "[A] a red dog. [B]"}
+    assert torch.equal(unpack(improve(handlers, upload, **both)[-1][0]).vilex_tokens, unpack(spelt).vilex_tokens)
     assert not torch.equal(unpack(word).vilex_tokens, unpack(spelt).vilex_tokens)
     assert len(draw(handlers, None, "<image> on the beach", word=word)[-1][0]) == 2
     handlers.engine.close()

@@ -4,6 +4,7 @@ import app  # noqa: F401, I001  first: it sets what gradio reads at import
 
 import os
 import runpy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_without_flags_it_listens_for_this_machine_only(launched):
     assert launched.options["server_name"] == "127.0.0.1" and launched.options["server_port"] is None
     assert not (launched.options["share"] or launched.options["mcp_server"] or launched.options["auth"])
     assert "Port 7860 is busy, using 7861." in result.stdout
+
+
+def test_old_files_are_cleaned_away(launched):
+    launched.run()
+    assert any(thread.name == "cleanup" and thread.daemon for thread in threading.enumerate())
 
 
 def test_variables_are_read_and_flags_win(launched):

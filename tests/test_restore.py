@@ -14,9 +14,11 @@ from app import pictures, restore, sources
 from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, take_cards, unpack
 from app.handlers import Handlers
 from app.link import to_link
+from app.models import LaterPipeline
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import GenerationConfig
+from vilex.pipeline import VilexPipeline
 from vilex.prompt import parse
 from vilex.recipe import load_recipe
 
@@ -194,6 +196,23 @@ def test_a_result_of_another_model_comes_back_as_far_as_it_can(handlers, page, u
     values = named(page, restore.remember(page, saved(upload), link=link))
     assert (values["scheduler"], values["prompt"], values["history"]) == ("auto", "[corgi] a dog", [])
     assert "Drawn by 'sd15' with other weights" in told[0]
+
+
+def test_a_model_that_cannot_be_loaded_keeps_what_is_remembered(upload, page, tmp_path):
+    def load() -> VilexPipeline:
+        raise ValueError("a weight is missing")
+
+    handlers = Handlers(LaterPipeline(tmp_path, load))
+    values = named(replace(page, handlers=handlers), restore.remember(replace(page, handlers=handlers), saved(upload)))
+    assert values["prompt"] == "a dog" and values["seed"] == 9
+    handlers.engine.close()
+
+
+def test_a_result_without_words_leaves_the_slider_of_words_alone(handlers, page, upload, told):
+    recipe = load_recipe(draw(handlers, upload))
+    assert "tfg_scale" in restore.from_recipe(handlers, recipe)
+    for other in (replace(recipe, prompt="<image>"), replace(recipe, images=())):
+        assert "tfg_scale" not in restore.from_recipe(handlers, other)
 
 
 def test_words_come_from_the_memory_of_this_models_page(handlers, page, upload):

@@ -143,6 +143,11 @@ def count_placeholders(text: str) -> int:
     return sum(match.group(2) is None for match in _SLOT.finditer(text))
 
 
+def words_of(text: str, num_images: int, names: Sequence[str] = ()) -> str:
+    """The prompt's words without its images."""
+    return " ".join(s.strip() for s in parse(text, num_images, names) if isinstance(s, str))
+
+
 def words_removed(text: str, num_images: int, names: Sequence[str] = ()) -> str:
     """The prompt with its images in the same order and no words: the v of [v, c]."""
     return "".join(f"<image:{s + 1}>" for s in parse(text, num_images, names) if isinstance(s, int))

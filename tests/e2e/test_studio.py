@@ -15,10 +15,12 @@ SLOW = 60_000  # milliseconds
 
 def draw_one(page: Page, prompt: str) -> bytes:
     """The PNG of one new picture."""
+    pictures = page.locator("#gallery .thumbnail-item img")
+    old = pictures.first.get_attribute("src") if pictures.count() else "none"
     page.locator("#prompt textarea").fill(prompt)
     set_slider(page, "num-images", 1)
     page.get_by_role("button", name="Generate").click()
-    return download(page, wait_drawn(page, 1)[0])
+    return download(page, wait_drawn(page, 1, old)[0])
 
 
 def test_two_named_pictures_share_a_prompt(page: Page) -> None:
@@ -65,8 +67,11 @@ def test_a_picked_result_is_compared_with_its_original(page: Page) -> None:
     wait_rebuilt(page)
     page.locator("#rung-3 img").click()
     expect(page.locator("#ladder-versus img").first).to_be_visible()
+    page.get_by_label("Tokens to rebuild picture A from").fill("1, 2, 3, 4, 5, 6")
     page.get_by_role("button", name="Rebuild").click()
     expect(page.locator("#ladder-versus")).not_to_be_visible()
+    expect(page.locator("#status progress")).to_be_visible()  # so the slider went before
+    expect(page.locator("#status")).to_contain_text("Rebuilt in", timeout=SLOW)
     open_settings(page)
     draw_one(page, "")
     page.locator("#gallery .thumbnail-item").first.click()
@@ -107,7 +112,9 @@ def test_a_word_dropped_on_the_page_goes_to_an_empty_card(page: Page, server: Se
 
 def test_a_refresh_loses_nothing(page: Page) -> None:
     choose(page, CACTUS)
+    wait_rebuilt(page)
     open_settings(page)
+    draw_one(page, "<image> by day")
     before = page.evaluate("localStorage['vilex-page'].length")
     draw_one(page, "<image> at night")
     address = page.locator("#gallery .thumbnail-item img").first.get_attribute("src")
