@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,21 +70,21 @@ class User:
 
     def run(self, deadline: float) -> list[Answer]:
         """Answers until the deadline, at least one per endpoint and one of them twice."""
-        answers: list[Answer] = []
+        answers, asked = list[Answer](), count()
         while time.monotonic() < deadline or len(answers) <= len(ENDPOINTS):
             is_repeat = len(answers) % REPEAT_EVERY == len(ENDPOINTS)
             earlier = self.random.choice(answers) if is_repeat else None
-            answer = self.ask(earlier.request if earlier else self.think_of(len(answers)))
+            answer = self.ask(earlier.request if earlier else self.think_of(next(asked)))
             if earlier and not (answer.error or earlier.error or answer.wrong):
                 answer.wrong += differences(earlier, answer)
             answers.append(answer)
         return answers
 
-    def think_of(self, count: int) -> Request:
+    def think_of(self, number: int) -> Request:
         """A new request, of each endpoint in turn."""
-        endpoint = ENDPOINTS[count % len(ENDPOINTS)]
-        words = f"user {self.number} wish {count} {self.random.choice(COLOURS)} <image>"
-        values = {"seed": 10_000 * self.number + 10 * count, "num_inference_steps": self.steps, "view": "raw"}
+        endpoint = ENDPOINTS[number % len(ENDPOINTS)]
+        words = f"user {self.number} wish {number} {self.random.choice(COLOURS)} <image>"
+        values = {"seed": 10_000 * self.number + 10 * number, "num_inference_steps": self.steps, "view": "raw"}
         if endpoint == "/generate":
             values |= {"prompt": words, "num_images": 1 + self.number % 3}
         return Request(endpoint, values)
@@ -212,8 +213,8 @@ def report(answers: list[Answer], seconds: float) -> None:
         if times:
             p50, p95, p99 = np.percentile(times, (50, 95, 99))
             click.echo(f"{endpoint}: {len(times)} requests, p50 {p50:.2f} s, p95 {p95:.2f} s, p99 {p99:.2f} s")
-    for error, count in Counter(answer.error for answer in answers if answer.error).most_common(10):
-        click.echo(f"{count} x {error}")
+    for error, times in Counter(answer.error for answer in answers if answer.error).most_common(10):
+        click.echo(f"{times} x {error}")
     click.echo(f"{len(answers) - len(good)} errors of {len(answers)} requests")
 
 

@@ -99,7 +99,8 @@ def draw_batch(
     variant = draw_variants(captions.variants, config, global_step)
     indices, variant = indices[share], variant[share]
     pixels = pictures.batch(indices, background_colours(config.seed, variant, indices))
-    return Batch(indices.to(pixels.device), variant.to(pixels.device), pixels, captions)
+    placed = (part.to(pixels.device, non_blocking=True) for part in (indices, variant))
+    return Batch(*placed, pixels, captions)
 
 
 def draw_variants(count: int, config: TrainConfig, global_step: int) -> Tensor:

@@ -70,12 +70,14 @@ class Pictures:
 
     def batch(self, indices: Tensor, backgrounds: Tensor | None = None) -> Tensor:
         """Float pixels (B,3,H,W) in [-1,1], cut-outs laid on `backgrounds` (B,3) in [-1,1], white without them."""
-        indices = indices.to(self.pixels.device)
+        indices = indices.to(self.pixels.device, non_blocking=True)
         if backgrounds is None:
             backgrounds = torch.ones(len(indices), 3)
         colours = self.pixels[indices].to(self.device).float() / 127.5  # (B,3,H,W)
         alpha = self.alpha[self.alpha_rows[indices]].to(self.device).float() / 255  # (B,1,H,W)
-        plain = backgrounds.to(self.device, torch.float32)[:, :, None, None] + 1  # (B,3,1,1), [0,2] like colours
+        plain = (
+            backgrounds.to(self.device, torch.float32, non_blocking=True)[:, :, None, None] + 1
+        )  # (B,3,1,1), [0,2] like colours
         return (colours + (1 - alpha) * plain - 1).clamp(-1, 1)
 
 
@@ -179,11 +181,18 @@ def batch_indices(
     """
     if weights is not None:
         generator = np.random.default_rng([seed, global_step])
-        return torch.from_numpy(generator.choice(num_pictures, batch_size, p=weights.numpy()))
+        return torch.from_numpy(_cumulated(weights).searchsorted(generator.random(batch_size), side="right"))
     positions = np.arange(global_step * batch_size, (global_step + 1) * batch_size)
     epochs, offsets = np.divmod(positions, num_pictures)
     indices = [_order(seed, epoch, num_pictures)[offsets[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
     return torch.from_numpy(np.concatenate(indices))
+
+
+@lru_cache(maxsize=2)
+def _cumulated(weights: Tensor) -> np.ndarray:
+    # as numpy's `choice` does for itself, at each call
+    sums = weights.numpy(force=True).cumsum()
+    return sums / sums[-1]
 
 
 @lru_cache(maxsize=2)

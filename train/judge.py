@@ -22,6 +22,7 @@ from train.nets import Extractor, load_efficientnet, load_lpips, load_vgg
 from vilex.images import from_levels, to_levels
 
 COLOUR_GRIDS = (4, 16)
+_CHUNK = 64
 LABEL_SOURCES = ("tiny-imagenet", "caltech101", "flowers102", "miniplaces")  # whose labels a gallery can judge
 
 
@@ -44,6 +45,11 @@ def match_classes(records: Sequence[Record], gallery: Sequence[Record]) -> Class
     return Classes(asked, labels, known, torch.tensor([number[gallery[i].label] for i in known]))
 
 
+def _levels(pictures: Pictures) -> Tensor:
+    chunks = torch.arange(len(pictures)).split(_CHUNK)  # of which float copies are made
+    return torch.cat([to_levels(pictures.batch(indices)).cpu() for indices in chunks])  # (S,3,H,W)
+
+
 class Judge:
     """The measuring nets and what they see in the real pictures."""
 
@@ -57,13 +63,13 @@ class Judge:
         self.device = device
         self.nets: list[Extractor] = [load_vgg(), load_efficientnet()] if both else [load_vgg()]
         self.lpips = load_lpips("alex").to(device)
-        self.real = to_levels(pictures.batch(torch.arange(len(pictures))).cpu())
+        self.real = _levels(pictures)
         self.real_features = {net.key: extract_features(net, self.real, device=device) for net in self.nets}
         self.records, self.gallery = pictures.records, gallery
         self.gallery_features = self._gallery_features() if gallery else {}
 
     def _gallery_features(self) -> dict[str, Tensor]:
-        pixels = to_levels(self.gallery.batch(torch.arange(len(self.gallery))).cpu())
+        pixels = _levels(self.gallery)
         return {net.key: extract_features(net, pixels, device=self.device) for net in self.nets}
 
     def measure(self, samples: Tensor) -> dict[str, float]:

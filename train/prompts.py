@@ -20,8 +20,8 @@ PROMPTS = {
         "Ivan Aivazovsky", "Amedeo Modigliani", "Piet Mondrian",
     ),
     "genre": _fill(
-        "a {}", "landscape painting", "portrait painting", "still life painting", "abstract painting",
-        "painting of a city", "flower painting", "religious painting", "woodblock print, Ukiyo-e",
+        "{}", "a landscape painting", "a portrait painting", "a still life painting", "an abstract painting",
+        "a painting of a city", "a flower painting", "a religious painting", "a woodblock print, Ukiyo-e",
     ),
     "emoji": _fill(
         "a Google Noto emoji of a {}", "red apple", "smiling face", "house", "blue car", "green tree", "yellow star",

@@ -81,7 +81,8 @@ class Shards:
 
     def _decode(self, shard: int, row: int) -> tuple[Record, np.ndarray]:
         path = self.paths[shard]
-        for start, end in np.roll(self.spans[shard], -row, axis=0).tolist():
+        spans = self.spans[shard]
+        for start, end in (spans[(row + k) % len(spans)].tolist() for k in range(len(spans))):
             entry = _read_sample(path, start, end)
             levels = decode_entry(entry, self.image_size)
             if not isinstance(levels, ValueError):

@@ -215,7 +215,8 @@ def train(
     config, meter = state.config, _Meter(state)
     ends = None if minutes is None else time.perf_counter() + 60 * minutes
     if ends is not None:  # a guess until the speed is known, of a run that may have got further before
-        state.config = replace(config, max_steps=max(config.max_steps, 2 * state.global_step))
+        state.config = replace(config, max_steps=2 * state.global_step or config.max_steps)
+    pace: float | None = None  # pictures per second, smoothed, lest the learning rate jump with the machine's moods
     state.open_log()
     if state.global_step == 0:
         _sample(state, on_sample)
@@ -228,13 +229,15 @@ def train(
             if state.due(config.log_every):
                 speed = _log(state, meter, bar, grad_norm, flops_per_picture)
                 if ends is not None:
-                    bar.total = _fit_steps(state, ends - time.perf_counter(), speed)
+                    pace = speed if pace is None else 0.8 * pace + 0.2 * speed
+                    bar.total = _fit_steps(state, ends - time.perf_counter(), pace)
                 meter.restart()
             if state.due(config.sample_every):
                 _sample(state, on_sample)
                 meter.restart()
             if state.due(config.save_every):
                 state.save()
+                meter.restart()
 
 
 def _progress(state: TrainState) -> tqdm:
@@ -283,10 +286,22 @@ def _log(state: TrainState, meter: _Meter, bar: tqdm, grad_norm: Tensor, flops_p
 
 
 def _sample(state: TrainState, on_sample: Callable[[], dict[str, float]]) -> None:
-    with state.averaged(), torch.no_grad():
+    with state.averaged(), torch.no_grad(), _all_threads(state.accelerator):
         if state.accelerator.is_main_process:
             state.log_metrics(**on_sample())
         state.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _all_threads(accelerator: Accelerator) -> Iterator[None]:
+    """On a CPU the first process computes with the threads of all others too, which wait."""
+    threads = torch.get_num_threads()
+    if accelerator.is_main_process and accelerator.device.type == "cpu":
+        torch.set_num_threads(threads * accelerator.num_processes)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:

@@ -72,7 +72,7 @@ def _flower(record: Record, chance: Chance) -> str:
 def _emoji(record: Record, chance: Chance) -> str:
     general = _emoji_kind(record.style)
     style = pick(chance, record.style, record.style, general, general, "emoji")
-    label = record.label
+    label = _unnumbered(record.label)
     if record.keywords and chance.random() > 0.7:
         label = f"{label}, {pick(chance, *record.keywords)}"
     return pick(
@@ -127,12 +127,15 @@ def _painting(record: Record, chance: Chance) -> str:
     adjective = style and chance.random() > 0.6
     words = f"{_adjective(style)} {kind}" if adjective else kind
     words = pick(chance, with_article(words), words)
-    if record.title not in ("", "untitled") and chance.random() > 0.7:
+    if record.title not in _NO_TITLES and chance.random() > 0.7:
         words += f", {record.title},"
     if record.artist and chance.random() < 0.75:
         words += _by(record.artist, chance)
     words = words.rstrip(",")
     return words if adjective or not style else f"{words}, {style}"
+
+
+_NO_TITLES = ("", "untitled", "unknown title")
 
 
 def _by(artist: str, chance: Chance) -> str:
@@ -168,7 +171,9 @@ def with_article(noun: str) -> str:
     """The noun with its indefinite article; plurals stay bare."""
     if re.match(r"(an?|the)\b|$", noun) or noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
         return noun
-    vowel = re.match(r"[aeio]|u(?!ni|ke|se|ti)", noun, re.IGNORECASE) and not re.match(r"eu|one\b", noun, re.IGNORECASE)
+    vowel = re.match(r"[aeio]|u(?!ni|ke|se|ti)|hour", noun, re.IGNORECASE) and not re.match(
+        r"eu|one\b", noun, re.IGNORECASE
+    )
     return f"{'an' if vowel else 'a'} {noun}"
 
 
@@ -209,5 +214,10 @@ def content_caption(record: Record) -> str:
     if record.source == "openclipart":
         return next((words for words in map(_clean, (record.label, *record.keywords)) if words), "")
     if record.captions or record.label:
-        return record.captions[0] if record.captions else record.label
-    return ", ".join(filter(None, (record.genre, record.title)))
+        return record.captions[0] if record.captions else _unnumbered(record.label)
+    title = "" if record.title in _NO_TITLES else record.title
+    return ", ".join(filter(None, (_GENRES.get(record.genre, record.genre), title)))
+
+
+def _unnumbered(label: str) -> str:
+    return re.sub(r" \d+$", "", label)  # of an emoji set, such as "watermelon 1"

@@ -162,10 +162,12 @@ class VilexRun(TrainingRun):
     def _budgets(self) -> tuple[int, ...]:
         return token_budgets(self._max_tokens)
 
-    def condition(self, vilex_tokens: Tensor) -> Conditioning:
-        """What the denoiser reads of pictures alone, each as its vilex_tokens (B,N,D)."""
+    def condition(self, vilex_tokens: Tensor, trim: bool = False) -> Conditioning:
+        """What the denoiser reads of pictures alone, each as its vilex_tokens (B,N,D); with trim without padding."""
         no_words = torch.zeros(len(vilex_tokens), 0, dtype=torch.long, device=self.device)
         length = self.t2i.config.context_length
+        if trim:
+            length = len(self.special.prefix) + vilex_tokens.shape[1] + len(self.special.suffix)
         return self.t2i.encode_prompt(compose_leading(no_words, no_words.bool(), vilex_tokens, self.special, length))
 
     def sample(self) -> dict[str, float]:
@@ -193,12 +195,12 @@ class VilexRun(TrainingRun):
         return self.t2i.decode(sample(self.t2i, conditions, config))
 
     @torch.no_grad()
-    def validation_loss(self, num_tokens: int, batch_size: int = 64) -> float:
+    def validation_loss(self, num_tokens: int) -> float:
         """Loss on held-out pictures from their first tokens alone, the same noise each time."""
-        total = 0.0
+        total, batch_size = 0.0, 64 if self.t2i.embedded else 4  # a VAE's states are large
         for first in range(0, len(self.held_out), batch_size):
             pixels = self.held_out.batch(torch.arange(first, min(first + batch_size, len(self.held_out))))
-            condition = self.condition(self.module(pixels, num_tokens))
+            condition = self.condition(self.module(pixels, num_tokens), self.trim)
             noise = draw_noise(self.t2i, len(pixels), step_generator(self.config.seed, first, device=self.device))
             loss = diffusion_loss(self.t2i, self.t2i.denoiser, self.t2i.encode(pixels), condition, noise)
             total += loss.item() * len(pixels)

@@ -236,12 +236,13 @@ def compose_leading(
     """
     B, W = word_ids.shape
     N, device = vilex_tokens.shape[1], word_ids.device
-    lead = torch.tensor([*special.prefix, *[special.placeholder] * N], device=device).expand(B, -1)
-    room = context_length - lead.shape[1] - len(special.suffix)
+    start = len(special.prefix) + N
+    room = context_length - start - len(special.suffix)
     words = word_mask.sum(1).clamp(max=room)  # (B,)
-    start = lead.shape[1]
     input_ids = torch.full((B, context_length), special.pad, dtype=word_ids.dtype, device=device)
-    input_ids[:, :start] = lead
+    for i, prefix_id in enumerate(special.prefix):  # no tensor of them: an accelerator would wait for the copy
+        input_ids[:, i] = prefix_id
+    input_ids[:, len(special.prefix) : start] = special.placeholder
     input_ids[:, start : start + min(W, room)] = word_ids[:, :room]
     position = torch.arange(context_length, device=device)
     end = (start + words)[:, None]  # (B,1)
@@ -338,7 +339,11 @@ def override_embeddings(text_encoder: PreTrainedModel, slots: Tensor, vectors: T
     def write(module: nn.Module, args: tuple, token_embeds: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        return token_embeds.masked_scatter(slots[..., None], vectors.to(token_embeds.dtype))
+        if not len(vectors):
+            return token_embeds
+        order = slots.flatten().cumsum(0).sub(1).clamp(min=0)  # (B*L,), of the vectors
+        spread = vectors.to(token_embeds.dtype).index_select(0, order).view_as(token_embeds)
+        return torch.where(slots[..., None], spread, token_embeds)  # masked_scatter would have an accelerator wait
 
     with _override_lock:
         handle = embedding_module(text_encoder).register_forward_hook(write)
