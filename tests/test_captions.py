@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,8 @@ def test_plain_captions_by_source():
 def test_style_and_content_are_told_apart():
     assert style_caption(MONET) == "oil painting, Impressionism, by Claude Monet"
     assert content_caption(MONET) == "landscape, the seine"
+    assert content_caption(replace(MONET, genre="cityscape", title="unknown title")) == "city"
+    assert content_caption(Record("0", "emoji", label="watermelon 1")) == "watermelon"
     sketch = RECORDS[6]
     assert (style_caption(sketch), content_caption(sketch)) == ("pencil sketch", "guitar")
     assert (style_caption(RECORDS[1]), content_caption(RECORDS[1])) == ("photo", "orange")

@@ -216,7 +216,11 @@ def content_caption(record: Record) -> str:
     if record.captions or record.label:
         return record.captions[0] if record.captions else _unnumbered(record.label)
     title = "" if record.title in _NO_TITLES else record.title
-    return ", ".join(filter(None, (_GENRES.get(record.genre, record.genre), title)))
+    return ", ".join(filter(None, (_CONTENTS.get(record.genre, record.genre), title)))
+
+
+# of genres whose name says how a picture is made, in words that the captions above have too
+_CONTENTS = {"genre painting": "everyday life", "cityscape": "city", "sketch and study": ""}
 
 
 def _unnumbered(label: str) -> str:
