@@ -206,7 +206,7 @@ def _remembered_card(handlers: Handlers, saved: Values, index: int) -> Values:
     start = CardInput(None, "", "", 1.0, DEFAULT_TOKENS, "crop")
     card = _take(start, {name: saved[key] for name, key in keys.items() if key in saved}, check_card)
     path, seen = _seen(handlers, card.get("picture"), card.get("fit", start.fit))
-    if path and not is_polished(card.get("word", ""), {"path": path}, card.get("fit", start.fit)):
+    if path and card.get("word") and not is_polished(card["word"], {"path": path}, card.get("fit", start.fit)):
         card["word"] = ""  # the picture came later: a word that comes takes it away
     if "num_tokens" in card:
         card["num_tokens"] = min(card["num_tokens"], handlers.max_tokens)

@@ -114,8 +114,8 @@ def test_new_budgets_get_their_columns_and_bad_or_equal_ones_change_nothing(hand
         assert all(map(is_skipped, ladder.lay_out(handlers, text, [1, 16, 75])))
 
 
-def test_use_sets_the_tokens_of_every_card(handlers):
-    *counts, status = ladder.use(handlers, 1, "1, 16")
+def test_use_sets_the_tokens_of_every_card():
+    *counts, status = ladder.use(1, [1, 16])
     assert counts == [16] * 4 and "16 tokens" in status
 
 

@@ -56,13 +56,6 @@ def test_unfinished_pictures_are_shown_on_the_way(handlers):
     assert previews[0][0].tobytes() != previews[-1][0].tobytes() == Image.open(finished[0][0]).tobytes()
 
 
-@pytest.mark.parametrize(
-    ("changes", "note"),
-    [
-        ({"negative_prompt": "dog", "guidance_scale": 1}, "the negative prompt has no effect at guidance 1"),
-        ({"tfg_scale": 3}, "ext-free guidance has no effect without an image"),
-    ],
-)
-def test_what_has_no_effect_is_said(handlers, changes, note):
-    status = list(handlers.generate(**WISH | changes))[-1][-1]
-    assert note.lower() in status.lower()
+def test_what_has_no_effect_is_said(handlers):
+    status = list(handlers.generate(**WISH | {"negative_prompt": "dog", "guidance_scale": 1}))[-1][-1]
+    assert "The negative prompt has no effect at guidance 1" in status
