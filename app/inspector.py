@@ -144,13 +144,13 @@ def build_inspector(studio: Studio) -> None:
         leave = gr.Button("Draw without this token", min_width=160)
     gr.HTML(finished(_HINT), label="About the words")
     with gr.Row():
-        with gr.Column(min_width=260):
+        with gr.Column(scale=2, min_width=220):
             sight = gr.Image(
                 label="Where it looked", format="png", interactive=False, buttons=["download", "fullscreen"],
                 alt_text="The picture, coloured by where the token looked", elem_id="sight-map",
             )  # fmt: skip
             said = gr.HTML("", label="What the colours mean")
-        with gr.Column(min_width=260):
+        with gr.Column(scale=3, min_width=260):
             words = gr.HTML("", label="Words nearest to each token", elem_id="nearest")
     pair = gr.Gallery(
         label="With and without the token", format="png", columns=2, object_fit="contain", interactive=False,
