@@ -47,32 +47,35 @@ class Balance:
             names = names_of(words)
             if not words or not has_words(prompt, len(words), names):
                 raise ValueError("The map needs a picture and words in the prompt: it weighs one against the other")
-            tokens, look = [word.vilex_tokens for word in words], Look(VIEWS[1], embed)
-            rows = [[each[:budget] for each in tokens] for budget in self.budgets]
-            conditions = side_by_side(pipeline, rows, config, prompt, names)
-            longest = max(map(len, tokens))  # a code may hold few
+            look = Look(VIEWS[1], embed)
+            rows = [[replace(w, vilex_tokens=w.vilex_tokens[:budget]) for w in words] for budget in self.budgets]
+            conditions = side_by_side(pipeline, [[w.vilex_tokens for w in row] for row in rows], config, prompt, names)
+            longest = max(len(word.vilex_tokens) for word in words)  # a code may hold few
             done: list[Image.Image | str] = []
             clock, seeds = Clock(len(TFG_SCALES) * STEPS), [config.seed] * len(rows)
             for tfg_scale in TFG_SCALES:
-                row = replace(config, tfg_scale=tfg_scale)
-                for images, status in self.handlers.watch(conditions, row, seeds, clock, f"TFG {tfg_scale:g}"):
+                scaled = replace(config, tfg_scale=tfg_scale)
+                for images, status in self.handlers.watch(conditions, scaled, seeds, clock, f"TFG {tfg_scale:g}"):
                     yield gr.skip() if images is None else self._captioned(done + images, longest), status
-                done += self._save(images, prompt, row, words, look)
+                done += self._save(images, prompt, scaled, rows, look)
             status = (
                 f"Drawn in {duration(clock.seconds)} with seed {config.seed}. Click a picture to take its settings."
             )
             yield self._captioned(done, longest), finished(status)
 
     def _save(
-        self, images: list[Image.Image], prompt: str, config: GenerationConfig, words: list[PictureWord], look: Look
+        self,
+        images: list[Image.Image],
+        prompt: str,
+        config: GenerationConfig,
+        rows: list[list[PictureWord]],
+        look: Look,
     ) -> list[str]:
-        """Paths of a row's PNGs, each with the recipe that draws it."""
-        rows = [[replace(word, vilex_tokens=word.vilex_tokens[:budget]) for word in words] for budget in self.budgets]
+        """Paths of the PNGs of one text-free guidance, each with the recipe that draws it from its row of words."""
+        counts = [max(len(word.vilex_tokens) for word in row) for row in rows]
         recipes = [
-            self.handlers.recipe(
-                prompt, replace(config, num_tokens=max(len(word.vilex_tokens) for word in row)), row, look.embed
-            )
-            for row in rows
+            self.handlers.recipe(prompt, replace(config, num_tokens=count), row, look.embed)
+            for count, row in zip(counts, rows, strict=True)
         ]
         names = [f"vilex-{budget}-tokens-tfg-{config.tfg_scale:g}-seed-{config.seed}" for budget in self.budgets]
         return self.handlers.save(images, names, recipes, look.view)

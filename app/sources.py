@@ -79,28 +79,29 @@ def announce(event: Dependency, arrival: gr.Textbox) -> None:
 
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     """What the encoder sees of a new picture, no word, a note, and whether its settings can be brought back."""
-    seen, note = _see(handlers, picture, fit)
-    return seen, "", note, gr.update(visible=picture is not None and carries_recipe(picture["path"]))
+    seen, note, has_recipe = _see(handlers, picture, fit)
+    return seen, "", note, gr.update(visible=has_recipe)
 
 
 def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     """What the encoder sees of a picture that is fitted anew, no word polished for the old view, and a note."""
     if picture is None:
         return gr.skip(), gr.skip(), gr.skip()
-    seen, note = _see(handlers, picture, fit)
+    seen, note, _ = _see(handlers, picture, fit)
     return seen, "", note
 
 
-def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | None, str]:
+def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | None, str, bool]:
     with in_words():
         if picture is None:
-            return None, ""
+            return None, "", False
         image = open_upload(picture)
         share = min(image.size) / max(image.size)
         is_cut = fit == "crop" and share < 1 - MOST_CUT
         notes = [f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it."] if is_cut else []
-        notes += ["This picture carries the settings that made it."] if carries_recipe(picture["path"]) else []
-        return handlers.seen(image, fit), "".join(map(finished, notes))
+        has_recipe = carries_recipe(picture["path"])
+        notes += ["This picture carries the settings that made it."] if has_recipe else []
+        return handlers.seen(image, fit), "".join(map(finished, notes)), has_recipe
 
 
 def carries_recipe(path: str) -> bool:
