@@ -4,7 +4,7 @@ import base64
 import binascii
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 from torch import Tensor
 
-from app.messages import tell
 from vilex.codes import VilexCode, from_bytes, from_text, to_bytes
 from vilex.config import DEFAULT_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
 from vilex.images import load_image
@@ -164,9 +163,9 @@ def names_of(words: Sequence[CardInput | PictureWord]) -> list[str]:
     return [word.name for word in words]
 
 
-def open_upload(picture: Upload) -> Image.Image:
-    """The decoded picture. Raises ValueError when it is none."""
-    return load_image(upload_path(picture.get("path") if isinstance(picture, dict) else None), on_note=tell)
+def open_upload(picture: Upload, on_note: Callable[[str], None] | None = None) -> Image.Image:
+    """The decoded picture; `on_note` as in `load_image`. Raises ValueError when it is none."""
+    return load_image(upload_path(picture.get("path") if isinstance(picture, dict) else None), on_note=on_note)
 
 
 def upload_path(path: object) -> str:

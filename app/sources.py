@@ -95,10 +95,11 @@ def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | N
     with in_words():
         if picture is None:
             return None, "", False
-        image = open_upload(picture)
+        notes: list[str] = []
+        image = open_upload(picture, lambda note: notes.append(f"{note}."))
         share = min(image.size) / max(image.size)
         is_cut = fit == "crop" and share < 1 - MOST_CUT
-        notes = [f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it."] if is_cut else []
+        notes += [f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it."] if is_cut else []
         has_recipe = carries_recipe(picture["path"])
         notes += ["This picture carries the settings that made it."] if has_recipe else []
         return handlers.seen(image, fit), "".join(map(finished, notes)), has_recipe

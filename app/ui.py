@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from app.pictures import RANDOM_SEED, build_gallery, build_pictures
 from app.polish import wire_polish
 from app.restore import build_page
 from app.similar import build_similar
-from app.sources import announce, arrive, wire_cards
+from app.sources import wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
 from vilex.config import GenerationConfig
@@ -48,52 +47,6 @@ TABS = {"Blend": build_blend, "Balance": build_balance, "Inspect": build_inspect
 SLOW_SECONDS = 10  # of a picture, where the page starts with four of them
 MAX_WAITING = 60  # requests of all kinds; the engine has a line of its own for those that draw
 _SHOW_VIEW = "(view) => { document.body.classList.toggle('as-drawn', view === 'raw') }"
-_SCRIPT = """<script>
-document.addEventListener("keydown", (event) => {
-  const press = (id) => { event.preventDefault(); document.getElementById(id)?.click(); };
-  if ((event.ctrlKey || event.metaKey) && event.key === "Enter") press("generate");
-  else if (event.key === "Escape" && document.querySelector("#status progress")) press("stop");
-});
-const give = (event, file, input) => {
-  if (!file || !input) return;
-  event.preventDefault();
-  event.stopImmediatePropagation();
-  const one = new DataTransfer();
-  one.items.add(file);
-  input.files = one.files;
-  input.dispatchEvent(new Event("change", { bubbles: true }));
-};
-// the drop zones of gradio take pictures only: a word that is dropped anywhere goes to the button that opens it
-document.addEventListener("drop", (event) => {
-  const files = [...(event.dataTransfer?.files ?? [])];
-  const word = files.find((file) => file.name.toLowerCase().endsWith(".vilex"));
-  give(event, word, document.querySelector("#card-buttons input[type=file]"));
-  if (word || !files.length || event.target.closest?.(".block:has(input[type=file])")) return;
-  event.preventDefault();  // a browser leaves the page for a file that is dropped beside the zones
-  toCard(event, files);
-}, true);
-// gradio's button reads the clipboard only; a picture that is pasted or dropped anywhere goes to the first empty card,
-// else to A
-const toCard = (event, files) => {
-  const zones = [...document.querySelectorAll(".card .picture")].filter((zone) => zone.offsetParent);
-  const zone = zones.find((one) => !one.closest(".card").querySelector(".picture img, .card-note p")) ?? zones[0];
-  give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
-};
-document.addEventListener("paste", (event) => toCard(event, [...(event.clipboardData?.files ?? [])]), true);
-// gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them
-new MutationObserver(() => {
-  for (const image of document.querySelectorAll("#examples img[alt='']"))
-    image.alt = "Example: " + image.src.split("/").pop().split(".")[0];
-  for (const text of document.querySelectorAll("label:has(button) textarea:not([aria-label])"))
-    text.setAttribute("aria-label", text.closest("label").querySelector("span").innerText);
-  // a screen reader speaks how a job ended, not each of its steps
-  const status = document.getElementById("status");
-  if (status?.getAttribute("aria-live") !== "polite") status?.setAttribute("aria-live", "polite");
-  const busy = String(!!status?.querySelector("progress"));
-  if (status && status.getAttribute("aria-busy") !== busy) status.setAttribute("aria-busy", busy);
-}).observe(document, { childList: true, subtree: true });
-document.addEventListener("dragover", (event) => event.preventDefault());
-</script>"""
 
 
 @dataclass(frozen=True)
@@ -134,9 +87,9 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
             panel = build_panel(handlers, notes.steps, notes.num_images, models)
         with gr.Column(scale=7, min_width=300, elem_id="right"):
             studio, results, history = _build_results(handlers, panel)
-            examples = _build_examples(panel)
+            _build_examples(panel)
     gr.HTML(_footer(handlers, notes), elem_id="small-print")
-    shown = _wire(demo, studio, panel, examples)
+    shown = _wire(demo, studio, panel)
     page = build_page(studio, panel, shown, history[0])
     loaded = wire_history(demo, studio, panel, page, *history[1:], results)
     for listen in (loaded.then, panel.view.change):
@@ -151,7 +104,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": build_theme(),
         "css_paths": sorted(Path(__file__).parent.glob("*.css")),
-        "head": _SCRIPT,
+        "head": f"<script>{(Path(__file__).parent / 'page.js').read_text(encoding='utf-8')}</script>",
         "show_error": True,
         "max_file_size": "20mb",
         "footer_links": ["api", "settings"],
@@ -182,20 +135,24 @@ def _build_results(
     return studio, [*rungs, studio.gallery], history
 
 
-def _build_examples(panel: Panel) -> gr.Examples:
-    pictures = [[str(path)] for path in _example_files()]
-    hidden = {"cache_examples": False, "api_visibility": "private"}
+def _build_examples(panel: Panel) -> None:
     with gr.Row(elem_id="examples"):
-        examples = gr.Examples(pictures, [panel.cards[0].picture], label="Example pictures", **hidden)
-        gr.Examples([[text] for text in PROMPTS], [panel.prompt], label="Example prompts", **hidden)
-    return examples
+        pictures = gr.Dataset(
+            components=[gr.Image(type="filepath", render=False)], samples=[[str(path)] for path in _example_files()],
+            label="Example pictures", elem_id="example-pictures",
+        )  # fmt: skip
+        pictures.click(None, pictures, None, js="(index) => takeExample(index)", api_visibility="private")
+        gr.Examples(
+            [[text] for text in PROMPTS], [panel.prompt], label="Example prompts", cache_examples=False,
+            api_visibility="private",
+        )  # fmt: skip
 
 
 def _example_files() -> list[Path]:
     return [ROOT / "assets" / "examples" / name for name in EXAMPLES]
 
 
-def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) -> gr.State:
+def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
     """Every event outside the tabs; gives the state of which cards are on the page."""
     handlers, first, extra = studio.handlers, panel.cards[0], panel.extras[0]
     studio.compute(
@@ -206,15 +163,10 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel, examples: gr.Examples) 
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
     # is cancelled before the picture is looked at, and the change of what the encoder sees starts the rest.
     gr.on(
-        [panel.stop.click, first.picture.input, extra.source.submit, examples.dataset.click], None,
-        cancels=studio.jobs, api_visibility="private",
+        [panel.stop.click, first.picture.input, extra.source.submit], None, cancels=studio.jobs,
+        api_visibility="private",
     )  # fmt: skip
     shown = wire_cards(handlers, panel)
-    looked = examples.load_input_event.then(
-        partial(arrive, handlers), [first.picture, first.fit], [first.seen, first.word, first.note, extra.restore],
-        preprocess=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
-    announce(looked, panel.arrival)
     inputs = studio.inputs("prompt", "cards")
     counted = [part for name, part in inputs.items() if not name.startswith(("weight", "fit"))]
     gr.on(

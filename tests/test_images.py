@@ -183,6 +183,26 @@ def test_transparency_is_laid_over_the_background(background, level):
     assert grey.getpixel((3, 3)) == (level,) * 3
 
 
+@pytest.mark.parametrize(
+    "drawn, level",
+    [((250, 250, 250, 255), 128), ((250, 250, 200, 255), 255), (None, 255), ((250, 250, 250, 90), 255)],
+)
+def test_what_white_would_hide_is_laid_on_grey_and_that_is_noted(drawn, level):
+    logo, notes = Image.new("RGBA", (20, 30), (0, 0, 0, 0)), []
+    if drawn:
+        logo.paste(drawn, (4, 4, 9, 9))
+    loaded = load_image(encoded(logo), on_note=notes.append)
+    assert loaded.getpixel((15, 15)) == (level,) * 3
+    assert notes == (["the picture is white on nothing: it is laid on grey"] if level == 128 else [])
+    assert load_image(encoded(logo), background="white").getpixel((15, 15)) == (255, 255, 255)
+
+
+def test_a_white_picture_without_transparent_parts_stays_white():
+    white, notes = Image.new("RGBA", (20, 30), "white"), []
+    assert load_image(encoded(white), on_note=notes.append).getpixel((3, 3)) == (255, 255, 255)
+    assert notes == []
+
+
 def test_half_transparent_pixels_mix():
     assert load_image(Image.new("RGBA", (20, 30), (0, 0, 0, 51))).getpixel((1, 1)) == (204, 204, 204)
 

@@ -274,6 +274,15 @@ def test_a_card_says_when_the_encoder_sees_only_a_part(handlers, upload):
     assert sources.arrive(handlers, upload, "crop")[2] == ""
 
 
+def test_a_card_says_what_was_done_to_its_file(handlers, upload):
+    frames = [Image.new("RGBA", (20, 20), (255, 255, 255, alpha)) for alpha in (0, 255)]
+    frames[0].paste("white", (4, 4, 9, 9))
+    frames[0].save(upload["path"], save_all=True, append_images=frames[1:])
+    note = sources.arrive(handlers, upload, "crop")[2]
+    assert "corner.png has several frames or pages; the first one is used." in note
+    assert "corner.png is white on nothing: it is laid on grey." in note
+
+
 def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
     path, text = handlers.encode(picture=upload, num_tokens=2)
     picture, _, seen, word, *_ = sources.fetch(handlers, f"  {text}\n", "crop")

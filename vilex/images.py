@@ -26,6 +26,7 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 
 _FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's JPEG plugin also opens MPO
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_NEARLY_WHITE, _LOST_SHARE = 240, 0.98  # level of the darkest channel; share of what is opaque
 _GREY_SCALES = (255, 65535)  # white of 8-bit and 16-bit data; beyond them the peak is white
 _decoding = threading.BoundedSemaphore(MAX_DECODES)
 
@@ -33,17 +34,24 @@ Source = str | Path | bytes | BinaryIO | Image.Image
 
 
 def load_image(
-    source: Source, *, background: str = "white", on_note: Callable[[str], None] | None = None
+    source: Source, *, background: str | None = None, on_note: Callable[[str], None] | None = None
 ) -> Image.Image:
     """The picture as RGB, upright, in sRGB, its longest side at most MAX_SIDE, without metadata.
 
-    Transparency is laid over `background`; `on_note` receives a sentence when only the first of
-    several frames or pages is used. Raises ValueError with one sentence naming the file when it is
-    missing, broken, too large, too small or none of the formats allowed.
+    Transparency is laid over `background`, by default over white, or over grey where the picture itself is white;
+    `on_note` receives a sentence when it is grey, and when only the first of several frames or pages is used.
+    Raises ValueError with one sentence naming the file when it is missing, broken, too large, too small or none of
+    the formats allowed.
     """
-    fill = _fill(background)
+    fill = None if background is None else _fill(background)
     with _decoding:
-        return _flatten(decode_image(source, on_note=on_note), fill)
+        image = decode_image(source, on_note=on_note)
+        if fill is None:
+            is_lost = _is_lost_on_white(image)
+            fill = BACKGROUNDS["grey" if is_lost else "white"]
+            if is_lost and on_note:
+                on_note(f"{_name_of(source)} is white on nothing: it is laid on grey")
+        return _flatten(image, fill)
 
 
 def decode_image(
@@ -209,6 +217,17 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         except ImageCms.PyCMSError:  # broken, or made for another mode: the colours are taken as they are
             pass
     return image.convert(mode)
+
+
+def _is_lost_on_white(image: Image.Image) -> bool:
+    """Whether next to nothing of a picture with transparent parts would be seen on white."""
+    if image.mode != "RGBA":
+        return False
+    levels = np.asarray(image)
+    is_opaque = levels[..., 3] > 127
+    if is_opaque.all() or not is_opaque.any():
+        return False
+    return np.mean(levels[is_opaque][:, :3].min(-1) >= _NEARLY_WHITE) >= _LOST_SHARE
 
 
 def _flatten(image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:

@@ -154,7 +154,20 @@ def test_a_bad_file_gives_its_sentence_and_the_old_result_stays(page: Page, tmp_
 
 def test_an_example_is_rebuilt_too(page: Page) -> None:
     page.locator("#examples .gallery-item").first.click()
-    assert len(set(wait_rebuilt(page))) == 3
+    old = wait_rebuilt(page)
+    assert len(set(old)) == 3
+    page.locator("#examples .gallery-item").nth(1).click()  # in the place of the first: no other card is there
+    assert len({*old, *wait_rebuilt(page, old=old[2])}) == 6
+
+
+def test_an_example_goes_to_the_card_that_is_empty(page: Page) -> None:
+    page.locator("#examples .gallery-item").first.click()
+    wait_rebuilt(page)
+    first = page.locator("#picture img").get_attribute("src")
+    page.get_by_role("button", name="Add a picture").click()
+    page.locator("#examples .gallery-item").nth(1).press("Enter")
+    expect(page.locator("#card-B .picture img").first).to_be_visible()
+    expect(page.locator("#picture img")).to_have_attribute("src", first)
 
 
 def test_nothing_to_do_is_said(page: Page) -> None:
