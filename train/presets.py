@@ -182,7 +182,7 @@ PRESETS = {
             learning_rate=8e-4,
             encoder_learning_rate=3e-4,
             warmup_steps=100,
-            sample_every=2000,
+            sample_every=5000,
             save_every=1000,
             log_every=50,
         ),

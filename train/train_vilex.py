@@ -20,6 +20,7 @@ With another tower, whose weights come from its library:
 """
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -51,6 +52,7 @@ from vilex.prompt import ComposedPrompt, compose, compose_leading, special_token
 from vilex.sampling import Conditions, sample
 
 LADDER_PICTURES = 8
+_LENGTH_MULTIPLE = 16  # of prompts' lengths where shapes should be few
 _TOKENS_STREAM, _WORDS_STREAM = 1001, 1002  # of step_generator; every process draws the same
 
 
@@ -103,6 +105,10 @@ class VilexRun(TrainingRun):
         super().__init__(t2i, pictures, held_out, preset, config, options)
         self.read_texts(3, lambda pictures: [write_words(record) for record in pictures.records], write_one)
         self.special = special_tokens(t2i.tokenizer)
+        self._around = len(self.special.prefix) + len(self.special.suffix)
+        # counted once: asked at each step, an accelerator would have to wait
+        longest = t2i.config.context_length if self.captions is None else int(self.captions.lengths.max())
+        self._most_words = longest - self._around
         self.denoiser = self.compiled(self.t2i.denoiser)
         model = model.to(self.device).requires_grad_(True).train()
         if not options.dry_run and not (options.out / CHECKPOINT_NAME).is_file():
@@ -113,7 +119,9 @@ class VilexRun(TrainingRun):
                     model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights,
                     self.accelerator.autocast,
                 )  # fmt: skip
-        self.attach(model, build_optimizer(model, config), ("text-to-image model", _networks(self.t2i)))
+        optimizer = build_optimizer(model, config)
+        frozen = ("text-to-image model", _networks(self.t2i))
+        self.attach(model, optimizer, frozen, None if self.split else self.compiled(model))
 
     def _distil(self, model: ViLex, config: DistilConfig) -> None:
         teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
@@ -136,26 +144,30 @@ class VilexRun(TrainingRun):
         if self.config.tail_drop:
             num_tokens = sample_num_tokens(step_generator(seed, global_step, _TOKENS_STREAM), num_tokens)
         joint = torch.rand((), generator=step_generator(seed, global_step, _WORDS_STREAM)) < self.config.joint_fraction
-        vilex_tokens = self.model(batch.pixels, num_tokens)  # (B,N,D)
+        if self.options.compiled and not self.split:  # all of them, in one shape: the first are the same
+            vilex_tokens = self.model(batch.pixels)[:, :num_tokens]  # (B,N,D)
+        else:
+            vilex_tokens = self.model(batch.pixels, num_tokens)  # (B,N,D)
         condition = self.t2i.encode_prompt(self.prompt(batch, vilex_tokens, bool(joint)))
+        if self.t2i.embedded and not self.trim:  # the denoiser's shape is fixed, the text encoder's is not
+            condition = condition.padded(self.t2i.config.context_length)
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
         return diffusion_loss(self.t2i, self.denoiser, latents, condition, noise, self.config.snr_gamma)
 
-    @property
+    @cached_property
     def _max_tokens(self) -> int:
         return min(self.module.pooler.config.num_queries, self.t2i.max_tokens)
 
     def prompt(self, batch: Batch, vilex_tokens: Tensor, joint: bool) -> ComposedPrompt:
         """[v] or [v, c] of a batch."""
         ids, mask = batch.captions.rows(batch.indices, batch.variant, self.trim)
-        first, last = len(self.special.prefix), len(self.special.suffix)
-        word_mask = mask[:, first + last :]  # as many True as there are words
-        word_ids = ids[:, first : first + word_mask.shape[1]]
-        if not joint:
-            word_ids, word_mask = word_ids[:, :0], word_mask[:, :0]
+        word_mask = mask[:, self._around :][:, : self._most_words if joint else 0]  # as many True as there are words
+        first, count = len(self.special.prefix), word_mask.shape[1]
+        word_ids = ids[:, first : first + count]
         length = self.t2i.config.context_length
-        if self.trim:
-            length = min(length, first + last + vilex_tokens.shape[1] + word_ids.shape[1])
+        if self.t2i.embedded:  # latent models read their padding
+            multiple = 1 if self.trim else _LENGTH_MULTIPLE
+            length = min(length, -(-(self._around + vilex_tokens.shape[1] + count) // multiple) * multiple)
         return compose_leading(word_ids, word_mask, vilex_tokens, self.special, length)
 
     @property

@@ -82,7 +82,9 @@ class EmbeddedModel(TextToImage):
         """All states with the mask of words, and their mean; gradients reach `prompt.vectors`."""
         (vectors,) = self.split_vectors(prompt)
         mask = prompt.attention_mask.to(vectors.device)
-        output = read_words(self.text_encoder, prompt.input_ids, prompt.slots, vectors, attention_mask=mask)
+        # in the shape attention takes: of (B,L) transformers asks whether all is True, for which an accelerator waits
+        wide = mask[:, None, None]  # (B,1,1,L)
+        output = read_words(self.text_encoder, prompt.input_ids, prompt.slots, vectors, attention_mask=wide)
         states = output.last_hidden_state  # (B,L,D)
         return Conditioning(states, masked_mean(states, mask), mask)
 

@@ -139,7 +139,11 @@ def test_taildrop_prefers_the_ladder():
     assert len(counts) == 71 and max(counts.values()) / 4000 < 0.02
 
 
-def test_joint_prompts_are_those_of_compose_and_image_only_ones_hold_no_words(files, tmp_path):
+@pytest.mark.parametrize("trim, lengths", [(True, None), (False, {16})])
+def test_joint_prompts_are_those_of_compose_and_image_only_ones_hold_no_words(
+    trim, lengths, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_vilex.VilexRun, "trim", trim)
     run = build_run("vilex", files, tmp_path)
     indices, variants, tokens = torch.tensor([3, 0, 5]), torch.tensor([0, 1, 2]), torch.randn(3, 4, 8)
     batch, records = Batch(indices, variants, torch.zeros(3, 3, 32, 32), run.captions), run.pictures.records
@@ -148,6 +152,7 @@ def test_joint_prompts_are_those_of_compose_and_image_only_ones_hold_no_words(fi
     for joint in (True, False):
         prompt = run.prompt(batch, tokens, joint)
         assert torch.equal(prompt.vectors, tokens.flatten(0, 1))
+        assert lengths is None or prompt.input_ids.shape[1] in lengths
         for row, text in enumerate(texts):
             expected = compose(f"<image> {text}" if joint else "", [tokens[row]], run.t2i.tokenizer, 128)
             used, wanted = prompt.attention_mask[row], expected.attention_mask[0]

@@ -1,10 +1,12 @@
 """Both trainers end to end on twelve pictures: what they write and resume, what moves, and what the loss reaches."""
 
+from functools import partial
 from itertools import count
 
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from tiny_runs import Interrupted, build_run, invoke, read_metrics, succeed, take_steps
 from training import assert_same, checkpoint, snapshot, visible
@@ -188,3 +190,22 @@ def test_checkpointed_gradients_train_alike(kind, files, tmp_path):
         bytes_kept.append(kept.total)
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
     assert bytes_kept[1] < 0.8 * bytes_kept[0]
+
+
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_compiled_networks_train_alike_and_see_one_shape(kind, files, tmp_path, monkeypatch):
+    lengths, losses, forward = set(), [], UNet2DConditionModel.forward
+
+    def note(unet, sample, timestep, encoder_hidden_states, **options):
+        lengths.add(encoder_hidden_states.shape[1])
+        return forward(unet, sample, timestep, encoder_hidden_states, **options)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced, not made machine code
+    monkeypatch.setattr(UNet2DConditionModel, "forward", note)
+    for flags in ([], ["--compile"]):
+        lengths.clear()
+        out = tmp_path / f"out{len(flags)}"
+        succeed(kind, files, out, "--max-steps", "4", *flags)
+        losses.append([line["loss"] for line in read_metrics(out) if "loss" in line])
+    assert lengths == {128}
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
