@@ -21,7 +21,7 @@ from app.cards import PictureWord, Upload, names_of, open_upload, read_card, tak
 from app.engine import Engine, Waiting
 from app.messages import Clock, duration, finished, in_words, waiting
 from vilex.codes import load_code, save_code, to_text
-from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, MIXING, GenerationConfig
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import has_words
@@ -32,6 +32,9 @@ from vilex.upsampler import SMALL_SIDE, Upsampler
 MAX_COPIED = 4  # tokens; a code of more is too long to copy by hand
 VIEWS = ("enlarged", "raw")
 PREVIEWS = 6  # pictures shown on the way to each result, beside the first
+_TFG_INFO = "0 ignores the words, 1 is plain, 3 to 6 make them show"
+_WORDS_INFO = "Adds what the words alone ask for: at 4 a sketch has lines, an emoji is flat"
+_NO_WORDS, _NO_PICTURE = "Has no effect: the prompt has no words", "Has no effect without a picture and words"
 _PREVIEW_SIZE = 64  # pixels, where no encoder says how many it reads
 _log = logging.getLogger(__name__)
 
@@ -95,17 +98,18 @@ class Handlers:
         size = self.pipeline.seen_size if self.pipeline else _PREVIEW_SIZE
         return fit_image(image, size, fit)
 
-    def plan(self, prompt: str, **values: Any) -> tuple[str, dict[str, Any]]:
-        """The budget bar, and the text-free guidance slider with the reason when it has no effect."""
+    def plan(self, prompt: str, **values: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """The budget bar, and the two sliders that weigh words, with the reason when they have no effect."""
         if self.pipeline is None:
-            return finished("The slots appear here once there are weights."), gr.skip()
+            return finished("The slots appear here once there are weights."), gr.skip(), gr.skip()
         try:
             cards = take_cards(values)
             bar = budget.to_html(budget.spend(self.pipeline, text_of(prompt), cards))
             works = bool(cards) and has_words(prompt, len(cards), names_of(cards))
         except ValueError as error:
-            return budget.note_html(str(error)), gr.skip()
-        return bar, gr.update(interactive=works, info=_tfg_info(bool(cards), works))
+            return budget.note_html(str(error)), gr.skip(), gr.skip()
+        infos = (_TFG_INFO, _WORDS_INFO) if works else (_NO_WORDS if cards else _NO_PICTURE,) * 2
+        return bar, *(gr.update(interactive=works, info=info) for info in infos)
 
     def generate(self, prompt: str, view: str, embed: bool = False, **values: Any) -> Iterator[tuple]:
         """Variations of a picture, mixes of pictures with words, or pictures of words alone.
@@ -120,8 +124,9 @@ class Handlers:
             if not words and not prompt.strip():
                 raise ValueError("Give a picture, words, or both")
             tokens, names = [word.vilex_tokens for word in words], names_of(words)
-            if not words or not has_words(prompt, len(words), names):  # the slider is greyed
-                config = dataclasses.replace(config, tfg_scale=GenerationConfig.tfg_scale)
+            if not words or not has_words(prompt, len(words), names):  # the sliders are greyed
+                usual = {name: getattr(GenerationConfig, name) for name in MIXING}
+                config = dataclasses.replace(config, **usual)
             seeds = [config.seed + i for i in range(config.num_images)]
             clock = Clock(config.num_inference_steps)
             for images, status in self.watch(pipeline.conditions(prompt, tokens, config, names), config, seeds, clock):
@@ -244,12 +249,6 @@ def check_choice(value: object, choices: Sequence[object], name: str) -> None:
     """Raises ValueError, with the choices, unless `value` is one of them."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
-def _tfg_info(has_picture: bool, works: bool) -> str:
-    if works:
-        return "0 ignores the words, 1 is plain, 3 to 6 make them show"
-    return "Has no effect: the prompt has no words" if has_picture else "Has no effect without a picture and words"
 
 
 def _is_shown(step: Step) -> bool:

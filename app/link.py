@@ -17,6 +17,7 @@ from app.ladder import rung_name
 from app.messages import finished, in_words
 from app.panel import Panel
 from app.studio import SAMPLING, Studio
+from vilex.config import MIXING
 from vilex.recipe import Recipe, from_json, to_json
 
 MARK = "#vilex="
@@ -40,7 +41,7 @@ READ = f"""(memory, own) => {{
 
 def wire_link(studio: Studio, panel: Panel) -> None:
     """Has the button make the link and copy it."""
-    inputs = studio.inputs("prompt", "cards", "num_images", "tfg_scale", "seed", *SAMPLING)
+    inputs = studio.inputs("prompt", "cards", "num_images", *MIXING, "seed", *SAMPLING)
     made = studio.compute(
         panel.link.click, partial(share, studio.handlers), panel.linked, inputs, api_visibility="private"
     )  # fmt: skip

@@ -30,7 +30,7 @@ from app.messages import in_words, sentence, tell
 from app.panel import Panel, schedulers
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import DEFAULT_TOKENS, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, MIXING, GenerationConfig
 from vilex.prompt import has_words
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
@@ -82,7 +82,8 @@ def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (
     values: Values = {"prompt": recipe.prompt, "lock": True}
     values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
     if not recipe.images or not has_words(recipe.prompt, len(recipe.images), [image.name for image in recipe.images]):
-        del values["tfg_scale"]  # which had no effect: the slider stays where it is
+        for name in MIXING:  # which had no effect: the sliders stay where they are
+            del values[name]
     values["scheduler"] = _usable_scheduler(handlers, recipe.config.scheduler)
     images = recipe.images[:MAX_CARDS]
     for i in range(MAX_CARDS):

@@ -31,7 +31,7 @@ from app.similar import build_similar
 from app.sources import wire_cards
 from app.studio import SILENT, Studio
 from app.theme import build_theme
-from vilex.config import GenerationConfig
+from vilex.config import MIXING, GenerationConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = (
@@ -171,7 +171,8 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
     counted = [part for name, part in inputs.items() if not name.startswith(("weight", "fit"))]
     gr.on(
         [demo.load, *(part.change for part in counted)], handlers.plan, None,
-        [panel.bar, panel.settings["tfg_scale"]], inputs_kwargs=inputs, trigger_mode="always_last", **SILENT,
+        [panel.bar, *(panel.settings[name] for name in MIXING)], inputs_kwargs=inputs, trigger_mode="always_last",
+        **SILENT,
     )  # fmt: skip
     panel.dice.click(None, None, panel.settings["seed"], js=f"() => {RANDOM_SEED}", api_visibility="private")
     return shown

@@ -60,7 +60,7 @@ def side_by_side(
     each = [pipeline.conditions(prompt, words, config, names) for words in rows]
     branches = {
         branch: Conditioning.concatenate([getattr(conditions, branch) for conditions in each])
-        for branch in ("image", "joint")
+        for branch in ("image", "joint", "words")
         if getattr(each[0], branch) is not None
     }
     return Conditions(each[0].uncond, **branches)

@@ -143,10 +143,11 @@ def test_words_alone_and_a_picture_alone_are_enough(handlers, upload):
     assert len(draw(handlers, upload)[-1][0]) == 2
 
 
-@pytest.mark.parametrize(("prompt", "tfg_scale"), [("<image>", 1.0), ("<image>, a red dog", 6.0)])
-def test_where_the_tfg_slider_is_greyed_it_says_nothing(handlers, upload, prompt, tfg_scale):
-    pictures, _, status = draw(handlers, upload, prompt, tfg_scale=6.0)[-1]
-    assert load_recipe(pictures[0][0]).config.tfg_scale == tfg_scale and "no effect" not in status
+@pytest.mark.parametrize(("prompt", "scales"), [("<image>", (1.0, 0.0)), ("<image>, a red dog", (6.0, 2.0))])
+def test_where_the_sliders_of_words_are_greyed_they_say_nothing(handlers, upload, prompt, scales):
+    pictures, _, status = draw(handlers, upload, prompt, tfg_scale=6.0, words_scale=2.0)[-1]
+    config = load_recipe(pictures[0][0]).config
+    assert (config.tfg_scale, config.words_scale) == scales and "no effect" not in status
 
 
 def test_what_did_not_fit_is_said(handlers, upload):
@@ -214,7 +215,7 @@ def test_named_pictures_stand_where_the_prompt_names_them(handlers, upload, pict
     tokens, config = handlers.pipeline.encode(picture)[0], GenerationConfig(3, 2, 5, STEPS)
     expected = handlers.pipeline.generate("[B] beside [A]", [tokens[:2], tokens[:3]], config, names=["A", "B"])
     assert drawn == [image.tobytes() for image in expected.images]
-    bar, _ = handlers.plan("[B] beside [A]", **values)
+    bar, *_ = handlers.plan("[B] beside [A]", **values)
     assert "<mark>B</mark> <span>beside</span> <mark>A</mark>" in bar
     assert "5 slots for the pictures (B 3, A 2), 1 for words" in bar
 
@@ -392,8 +393,8 @@ def test_a_prompt_moves_its_picture_and_a_recipe_draws_it_again(handlers, upload
     recipe = load_recipe(moved)
     assert recipe.prompt == '<image> + "blue"' and Image.open(plain).tobytes() != Image.open(moved).tobytes()
     assert recipe.images[0].code == load_recipe(plain).images[0].code  # the picture's own tokens, moved by the prompt
-    bar, slider = handlers.plan('<image> + "blue"', picture=upload)
-    assert "0 words" in bar and slider["interactive"] is False
+    bar, *sliders = handlers.plan('<image> + "blue"', picture=upload)
+    assert "0 words" in bar and [slider["interactive"] for slider in sliders] == [False, False]
     assert "was written with other terms" in handlers.plan('<image> <image> + "blue"', picture=upload)[0]
 
 
@@ -412,7 +413,7 @@ def test_a_word_of_which_pieces_remain_is_shown_as_partly_cut(pipeline, monkeypa
 
 def test_nothing_a_user_writes_becomes_html(handlers, upload):
     prompt = '<script>alert("1")</script> <img src=x onerror=alert(2)> ' + "dog " * 20
-    bar, _ = handlers.plan(prompt, picture=upload)
+    bar, *_ = handlers.plan(prompt, picture=upload)
     assert not re.search(r"<(script|img)", bar) and "onerror" in bar
     assert 'title="&quot;: 1 slot"' in bar
     assert not re.search(r"<(script|img)", draw(handlers, upload, prompt)[-1][-1])
@@ -422,15 +423,15 @@ def test_nothing_a_user_writes_becomes_html(handlers, upload):
     ("has_picture", "prompt", "works"),
     [(True, "<image> a dog", True), (True, "", False), (True, "<image>", False), (False, "a dog", False)],
 )
-def test_the_tfg_slider_is_greyed_with_a_reason(handlers, upload, has_picture, prompt, works):
-    _, slider = handlers.plan(prompt, picture=upload if has_picture else None)
-    assert slider["interactive"] is works
-    assert ("Has no effect" in slider["info"]) is not works
+def test_the_sliders_of_words_are_greyed_with_a_reason(handlers, upload, has_picture, prompt, works):
+    _, *sliders = handlers.plan(prompt, picture=upload if has_picture else None)
+    assert [slider["interactive"] for slider in sliders] == [works, works]
+    assert ["Has no effect" in slider["info"] for slider in sliders] == [not works, not works]
 
 
 def test_a_prompt_that_cannot_be_is_explained_under_it(handlers, upload):
-    bar, slider = handlers.plan("<image:3>", picture=upload)
-    assert "&lt;image:3&gt; asks for an image that is not there" in bar and is_skipped(slider)
+    bar, *sliders = handlers.plan("<image:3>", picture=upload)
+    assert "&lt;image:3&gt; asks for an image that is not there" in bar and all(map(is_skipped, sliders))
 
 
 def test_without_weights_every_button_names_the_command():

@@ -155,6 +155,9 @@ def test_closing_the_stream_stops_the_denoiser(pipeline, picture):
          "the negative prompt has no effect at guidance 1"),
         ("", {"tfg_scale": 2}, True, "text-free guidance has no effect without words"),
         ("a dog", {"tfg_scale": 2}, False, "text-free guidance has no effect without an image"),
+        ("", {"tfg_scale": 2, "words_scale": 1}, True,
+         "text-free guidance and guidance by the words alone have no effect without words"),
+        ("a dog", {"words_scale": 1}, False, "guidance by the words alone has no effect without an image"),
         ("a dog", {"num_tokens": 75}, True, "image 1 keeps 20 of 75 tokens"),
         ("dog " * 23 + "monet", {}, False, "the last words did not fit: 'dog monet'"),
         ("", {"negative_prompt": "dog " * 22 + "cat"}, True,
@@ -305,3 +308,15 @@ def test_dtypes(monkeypatch):
 def test_there_is_nothing_to_offload_from_on_a_cpu():
     with pytest.raises(ValueError, match="--offload is for GPUs: on a CPU there is nothing to offload from"):
         VilexPipeline.from_pretrained(device="cpu", offload=True)
+
+
+@pytest.mark.parametrize("words_scale", [0.0, 2.0])
+def test_words_by_themselves_are_those_of_the_prompt_without_its_pictures(pipeline, picture, words_scale):
+    config = dataclasses.replace(FAST, words_scale=words_scale)
+    tokens = pipeline.encode(picture, 3)[0]
+    conditions = pipeline.conditions("a dog, <image> red", [tokens], config)
+    alone = pipeline.conditions("a dog, red", [], config).joint
+    assert (conditions.words is None) is (words_scale == 0)
+    assert not words_scale or torch.equal(conditions.words.prompt_embeds, alone.prompt_embeds)
+    assert pipeline.conditions("<image>", [tokens], config).words is None
+    assert pipeline.conditions("a dog", [], config).words is None

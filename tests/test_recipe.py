@@ -80,7 +80,7 @@ def test_pictures_without_a_recipe_give_none(tmp_path):
 
 
 def as_dict() -> dict:
-    return {"version": 2, **dataclasses.asdict(made())}
+    return {"version": 3, **dataclasses.asdict(made())}
 
 
 def changed(**changes):
@@ -95,15 +95,21 @@ def image(**changes):
     return changed(images=[{key: v for key, v in {**DOG.to_dict(), **changes}.items() if v != "drop"}])
 
 
+def test_recipes_from_before_the_words_had_a_scale_of_their_own_are_read():
+    settings = {key: value for key, value in CONFIG.to_dict().items() if key != "words_scale"}
+    earlier = load_recipe(png_with(changed(version=2, config=settings)))
+    assert earlier.config == dataclasses.replace(CONFIG, words_scale=0.0)
+
+
 BAD = {
     "no json": ("seed=3", "Expecting value"),
     "no object": ("[1]", "a recipe is a JSON object, got list"),
     "deep": ("[" * 100_000, "recursion"),
     "older": (changed(version=1), "recipe version 1 is of an earlier ViLex and names no pictures"),
-    "newer": (changed(version=3), "recipe version 3, this ViLex reads 2"),
+    "newer": (changed(version=4), "recipe version 4, this ViLex reads 2"),
     "no version": (changed(version="drop"), "recipe version None, this ViLex reads 2"),
     "version true": (changed(version=True), "recipe version True, this ViLex reads 2"),
-    "version 2.0": (changed(version=2.0), "recipe version 2.0, this ViLex reads 2"),
+    "version 3.0": (changed(version=3.0), "recipe version 3.0, this ViLex reads 2"),
     "unknown entry": (changed(callback="os.system"), "unknown entry 'callback'"),
     "missing entry": (changed(model="drop"), "model is missing"),
     "prompt number": (changed(prompt=5), "prompt must be str, got int"),

@@ -17,7 +17,7 @@ from app.link import to_link
 from app.models import LaterPipeline
 from app.restore import Page
 from vilex.codes import load_code
-from vilex.config import GenerationConfig
+from vilex.config import MIXING, GenerationConfig
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import parse
 from vilex.recipe import load_recipe
@@ -208,11 +208,11 @@ def test_a_model_that_cannot_be_loaded_keeps_what_is_remembered(upload, page, tm
     handlers.engine.close()
 
 
-def test_a_result_without_words_leaves_the_slider_of_words_alone(handlers, page, upload, told):
+def test_a_result_without_words_leaves_the_sliders_of_words_alone(handlers, page, upload, told):
     recipe = load_recipe(draw(handlers, upload))
-    assert "tfg_scale" in restore.from_recipe(handlers, recipe)
+    assert set(MIXING) <= restore.from_recipe(handlers, recipe).keys()
     for other in (replace(recipe, prompt="<image>"), replace(recipe, images=())):
-        assert "tfg_scale" not in restore.from_recipe(handlers, other)
+        assert not set(MIXING) & restore.from_recipe(handlers, other).keys()
 
 
 def test_words_come_from_the_memory_of_this_models_page(handlers, page, upload):

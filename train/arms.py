@@ -88,10 +88,14 @@ class Conditioner:
         return Conditions(self.empty, image=self.read(vilex_tokens))
 
     def mixes(self, pixels: Tensor, num_tokens: int, words: str) -> Conditions:
-        """The first tokens of pixels (B,3,H,W), with and without the same words after them, which have precedence."""
+        """The first tokens of pixels (B,3,H,W), with and without the same words after them, and those words alone.
+
+        The words have precedence.
+        """
         room = self.t2i.max_tokens - len(tokenize(self.t2i.tokenizer, words).input_ids)
         vilex_tokens = self.pipeline.encoder(pixels.to(self.pipeline.device), max(1, min(num_tokens, room)))
-        return Conditions(self.empty, self.read(vilex_tokens), self.read(vilex_tokens, words))
+        alone = self.words([words.strip(", ")] * len(pixels)).joint
+        return Conditions(self.empty, self.read(vilex_tokens), self.read(vilex_tokens, words), alone)
 
     def read(self, vilex_tokens: Tensor, words: str = "") -> Conditioning:
         """The condition of vilex_tokens (B,N,D) with the same words after each row; gradients reach the tokens."""

@@ -127,6 +127,7 @@ def vary(engine: Engine, config: GenerationConfig, photos: Sequence[Source], fit
 @photo_options
 @prompt_option
 @setting_option("--tfg", "tfg_scale", 3)
+@setting_option("--words-scale", "words_scale")
 @weight_option
 @setting_option("--count", "num_images")
 @setting_option("--tokens", "num_tokens", 16)

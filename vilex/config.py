@@ -120,6 +120,7 @@ class GenerationConfig(Config):
     num_inference_steps: int = setting(20, 1, 100, "denoising steps")
     guidance_scale: float = setting(2.0, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
     tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 ignores the words, 1 = plain joint")
+    words_scale: float = setting(0.0, 0.0, 20.0, "guidance by the words alone, beside an image: 0 = none")
     guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")
     guidance_high: float = setting(1.0, 0.0, 1.0, "guidance is on while t/T is at most this")
     scheduler: str = "auto"
@@ -139,6 +140,8 @@ class GenerationConfig(Config):
         return broken
 
 
+# settings that weigh words against pictures, and what they are called
+MIXING = {"tfg_scale": "text-free guidance", "words_scale": "guidance by the words alone"}
 SCHEDULERS = ("auto", "dpm++", "ddim", "ddpm", "euler")
 
 

@@ -17,6 +17,7 @@ from vilex.config import (
     DEFAULT_BUDGETS,
     DEFAULT_TOKENS,
     MAX_PROMPT_CHARS,
+    MIXING,
     GenerationConfig,
     PolishConfig,
     Range,
@@ -33,6 +34,7 @@ from vilex.prompt import (
     embedding_module,
     has_words,
     parse_terms,
+    words_of,
     words_removed,
 )
 from vilex.sampling import Conditions, OnStep, Step, sample_steps
@@ -335,10 +337,10 @@ class VilexPipeline:
             notes.append(f"the last words of the negative prompt did not fit: {cut!r}")
         if config.negative_prompt and config.guidance_scale == 1:
             notes.append("the negative prompt has no effect at guidance 1")
-        if config.tfg_scale != 1 and not images:
-            notes.append("text-free guidance has no effect without an image")
-        elif config.tfg_scale != 1 and not has_words(prompt, len(images), names):
-            notes.append("text-free guidance has no effect without words")
+        turned = [called for name, called in MIXING.items() if getattr(config, name) != getattr(GenerationConfig, name)]
+        missing = "an image" if not images else "" if has_words(prompt, len(images), names) else "words"
+        if turned and missing:
+            notes.append(f"{' and '.join(turned)} {'has' if len(turned) == 1 else 'have'} no effect without {missing}")
         return "; ".join(note for note in notes if note)
 
     def _tokens(self, word: Word, num_tokens: int | None, fit: Fit) -> Tensor:
@@ -352,7 +354,7 @@ class VilexPipeline:
     def conditions(
         self, prompt: str, words: Sequence[Tensor], config: GenerationConfig, names: Sequence[str] = ()
     ) -> Conditions:
-        """The branches of guidance: nothing or the negative prompt; images alone; images and words.
+        """The branches of guidance: nothing or the negative prompt; images alone; images and words; words alone.
 
         words: all tokens (N,D) that each image is to have; config.num_tokens does not cut them.
         """
@@ -362,11 +364,12 @@ class VilexPipeline:
             moved = self._moved(prompt, words, names)
             kept = [tokens[:n] for tokens, n in zip(moved, joint.kept, strict=True)]
             image = self._condition(words_removed(prompt, len(words), names), kept)
-        is_joint = has_words(prompt, len(words), names)
+        is_joint, text = has_words(prompt, len(words), names), words_of(prompt, len(words), names)
         return Conditions(
             uncond=self._condition(config.negative_prompt, []),
             image=image,
             joint=self.t2i.encode_prompt(joint) if is_joint else None,
+            words=self._condition(text, []) if words and is_joint and config.words_scale else None,
         )
 
     def _compose(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> ComposedPrompt:

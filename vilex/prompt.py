@@ -144,8 +144,8 @@ def count_placeholders(text: str) -> int:
 
 
 def words_of(text: str, num_images: int, names: Sequence[str] = ()) -> str:
-    """The prompt's words without its images."""
-    return " ".join(s.strip() for s in parse(text, num_images, names) if isinstance(s, str))
+    """The prompt's words without its images, nor the commas that parted them."""
+    return " ".join(s.strip() for s in parse(text, num_images, names) if isinstance(s, str)).strip(" ,;:")
 
 
 def words_removed(text: str, num_images: int, names: Sequence[str] = ()) -> str:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from vilex.pipeline import VilexPipeline
 
 RECIPE_KEY = "vilex"  # keyword of the PNG text chunk
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
+_EARLIER = {2: {"words_scale": 0.0}}  # settings that recipes of these versions lack, and what they drew with
 MAX_RECIPE_CHARS = 10_000_000  # 255 tokens of Stable Diffusion 3 take 2.1 million
 MAX_IMAGES = MAX_TOKENS  # a prompt gives each at least one token
 _MAX_CHARS = 200  # of names and versions
@@ -241,9 +242,10 @@ def _checked(values: Any) -> Recipe:
     version = values.pop("version", None)
     if type(version) is int and version == 1:
         raise ValueError("recipe version 1 is of an earlier ViLex and names no pictures: draw the picture anew")
-    if type(version) is not int or version != RECIPE_VERSION:
-        raise ValueError(f"recipe version {version!r:.20}, this ViLex reads {RECIPE_VERSION}")
+    if type(version) is not int or version not in (*_EARLIER, RECIPE_VERSION):
+        raise ValueError(f"recipe version {version!r:.20}, this ViLex reads 2 to {RECIPE_VERSION}")
     _check_entries(values, _RECIPE_TYPES, "")
+    values["config"] |= _EARLIER.get(version, {})
     if not all(isinstance(text, str) for text in values["environment"].values()):
         raise ValueError("environment must hold text only")
     config = _build(GenerationConfig, values["config"], "config")

@@ -36,6 +36,7 @@ class Conditions:
     uncond: Conditioning
     image: Conditioning | None = None
     joint: Conditioning | None = None
+    words: Conditioning | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -214,7 +215,7 @@ def _weights_at(
     timestep: Tensor, conditions: Conditions, config: GenerationConfig, scheduler: SchedulerMixin
 ) -> BranchWeights:
     level = float(timestep) / scheduler.config.num_train_timesteps
-    scales = (config.guidance_scale, config.tfg_scale)
+    scales = _scales(conditions, config)
     if not config.guidance_low <= level <= config.guidance_high:
         scales = outside_interval(*scales)
     return branch_weights(conditions.image is not None, conditions.joint is not None, *scales)
@@ -223,8 +224,12 @@ def _weights_at(
 def count_branches(conditions: Conditions, config: GenerationConfig) -> int:
     """The most predictions per picture that any step of a sample makes."""
     has_images, has_words = conditions.image is not None, conditions.joint is not None
-    inside = (config.guidance_scale, config.tfg_scale)
+    inside = _scales(conditions, config)
     return max(len(branch_weights(has_images, has_words, *s).needed) for s in (inside, outside_interval(*inside)))
+
+
+def _scales(conditions: Conditions, config: GenerationConfig) -> tuple[float, float, float]:
+    return config.guidance_scale, config.tfg_scale, 0.0 if conditions.words is None else config.words_scale
 
 
 def _is_stochastic(scheduler: SchedulerMixin) -> bool:
