@@ -3,7 +3,8 @@
     python -m train.looks --model nano --out assets/weights/nano
 
 Writes looks.png, a row per picture: the input, then three seeds of each number of tokens; mixes.png, a row per text and
-for each picture a column per text-free guidance; and prompts.png, what the text-to-image model draws from 64 prompts.
+for each picture a column per text-free guidance, then per guidance by the words alone without it; and prompts.png, what
+the text-to-image model draws from 64 prompts.
 """
 
 from collections.abc import Sequence
@@ -45,18 +46,17 @@ def draw_looks(pipeline: VilexPipeline, images: Sequence[Image.Image], config: G
 
 
 def draw_mixes(
-    pipeline: VilexPipeline, images: Sequence[Image.Image], scales: Sequence[float], config: GenerationConfig
+    pipeline: VilexPipeline, images: Sequence[Image.Image], columns: dict[str, GenerationConfig]
 ) -> Image.Image:
-    """A sheet: a row per text; for each picture the input and a sample at each text-free guidance, of one seed."""
+    """A sheet: a row per text; for each picture the input and a sample with each of the settings, of one seed."""
     rows = []
     for text in TEXTS:
         row = []
         for image in images:
-            configs = [replace(config, tfg_scale=scale) for scale in scales]
-            drawn = [pipeline.generate(text, [image], each).images[0] for each in configs]
+            drawn = [pipeline.generate(text, [image], config).images[0] for config in columns.values()]
             row += [_small(pipeline, image), *drawn]
         rows.append(row)
-    labels = ["input", *(f"tfg {scale:g}" for scale in scales)] * len(images)
+    labels = ["input", *columns] * len(images)
     return contact_sheet(rows, row_labels=TEXTS, column_labels=labels)
 
 
@@ -76,10 +76,21 @@ def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
 @click.option("--mixed", default="sailboat,cat,fruit,coffee", show_default=True, help="Pictures to mix with words.")
 @click.option("--mix-tokens", type=int, default=16, show_default=True, help="Tokens of a picture beside words.")
 @click.option("--tfg", type=Numbers(0, 20), default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
-def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: list[float], out: Path) -> None:
+@click.option("--words-scale", type=Numbers(0, 20), default="2,4", show_default=True, help="Values of words_scale.")
+def main(
+    load: LoadPipeline,
+    pictures: Path,
+    mixed: str,
+    mix_tokens: int,
+    tfg: list[float],
+    words_scale: list[float],
+    out: Path,
+) -> None:
     """Draw looks.png, mixes.png and prompts.png."""
     with usage_errors():
-        config = GenerationConfig(num_tokens=mix_tokens)
+        config = GenerationConfig(num_tokens=mix_tokens, tfg_scale=0.0)
+        columns = {f"tfg {scale:g}": replace(config, tfg_scale=scale) for scale in tfg}
+        columns |= {f"words {scale:g}": replace(config, words_scale=scale) for scale in words_scale}
         images = {path.stem: load_image(path) for path in find_images([pictures])}
         chosen = [name.strip() for name in mixed.split(",")]
         if missing := [name for name in chosen if name not in images]:
@@ -88,7 +99,7 @@ def main(load: LoadPipeline, pictures: Path, mixed: str, mix_tokens: int, tfg: l
         require_arms(pipeline, [str(mix_tokens)])
     out.mkdir(parents=True, exist_ok=True)
     draw_looks(pipeline, list(images.values()), GenerationConfig()).save(out / "looks.png")
-    draw_mixes(pipeline, [images[name] for name in chosen], tfg, config).save(out / "mixes.png")
+    draw_mixes(pipeline, [images[name] for name in chosen], columns).save(out / "mixes.png")
     draw_prompts(pipeline, GenerationConfig(guidance_scale=WORDS_GUIDANCE)).save(out / "prompts.png")
 
 

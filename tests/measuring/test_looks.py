@@ -10,8 +10,6 @@ from PIL import Image
 from train import looks
 from vilex.config import GenerationConfig
 
-STEPS = GenerationConfig(num_inference_steps=1)
-
 
 def test_there_are_64_different_prompts_over_eight_kinds():
     assert [len(set(prompts)) for prompts in looks.PROMPTS.values()] == [8] * 8
@@ -26,7 +24,18 @@ def few(monkeypatch):
 
 
 def run(folder, *extra):
-    arguments = ["--pictures", str(folder), "--out", str(folder / "out"), "--mixed", "0,3", "--tfg", "0,2"]
+    arguments = [
+        "--pictures",
+        str(folder),
+        "--out",
+        str(folder / "out"),
+        "--mixed",
+        "0,3",
+        "--tfg",
+        "0,2",
+        "--words-scale",
+        "3",
+    ]
     return CliRunner().invoke(looks.main, [*arguments, *extra])
 
 
@@ -36,16 +45,16 @@ def test_all_sheets_are_written(folder, stand_ins, few):
     with Image.open(folder / "out" / "looks.png") as sheet:
         assert sheet.width > 13 * 32 and sheet.height > 5 * 32
     with Image.open(folder / "out" / "mixes.png") as sheet:
-        assert sheet.width > 6 * 32 and sheet.height > 2 * 32
+        assert sheet.width > 8 * 32 and sheet.height > 2 * 32
     with Image.open(folder / "out" / "prompts.png") as sheet:
         assert sheet.width > 2 * 32
 
 
 def test_a_cell_is_the_pipelines_picture(pipeline, picture, monkeypatch):
     monkeypatch.setattr(looks, "TEXTS", ("<image>, red",))
-    sheet = np.asarray(looks.draw_mixes(pipeline, [picture], [3.0], STEPS))
-    drawn = np.asarray(pipeline.generate("<image>, red", [picture], GenerationConfig(
-        num_inference_steps=1, tfg_scale=3.0)).images[0])  # fmt: skip
+    config = GenerationConfig(num_inference_steps=1, tfg_scale=3.0)
+    sheet = np.asarray(looks.draw_mixes(pipeline, [picture], {"tfg 3": config}))
+    drawn = np.asarray(pipeline.generate("<image>, red", [picture], config).images[0])
     windows = np.lib.stride_tricks.sliding_window_view(sheet, drawn.shape)[:, :, 0]
     assert (windows == drawn).all((-3, -2, -1)).any()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import product
 
 import numpy as np
 import pyarrow as pa
@@ -51,7 +52,8 @@ def tables(tmp_path):
 def run(tables, out, *extra):
     data, validation = tables
     arguments = ["--data", str(data), "--validation", str(validation), "--out", str(out), "--steps", "1"]
-    return CliRunner().invoke(style_probe.main, [*arguments, "--limit", "6", "--tokens", "1,4", "--tfg", "0,3", *extra])
+    grid = ["--limit", "6", "--tokens", "1,4", "--tfg", "0,3", "--words-scale", "0,2", "--own-per-style", "2"]
+    return CliRunner().invoke(style_probe.main, [*arguments, *grid, *extra])
 
 
 def test_the_probe_knows_real_styles_and_rates_mixes(tables, tmp_path, stand_ins):
@@ -59,37 +61,45 @@ def test_the_probe_knows_real_styles_and_rates_mixes(tables, tmp_path, stand_ins
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "out" / "styles.json").read_text())
     assert report["real_pictures"] == dict.fromkeys(("accuracy", *style_probe.STYLES), 1.0)  # colours tell them apart
-    assert [(row["num_tokens"], row["tfg_scale"]) for row in report["mixes"]] == [(1, 0), (1, 3), (4, 0), (4, 3)]
+    settings = [(row["num_tokens"], row["words_scale"], row["tfg_scale"]) for row in report["mixes"]]
+    assert settings == list(product((1, 4), (0, 2), (0, 3)))
     random_pair, rebuilt = report["lpips_of_two_pictures"], report["lpips_rebuilt"]
     for row in report["mixes"]:
-        assert 0 <= row["accuracy"] <= 1
+        assert 0 <= row["accuracy"] <= 1 and 0 <= row["own_accuracy"] <= 1
         assert row["kept"] == pytest.approx((random_pair - row["lpips"]) / (random_pair - rebuilt))
-    assert report["mixes"][2]["lpips"] != report["mixes"][3]["lpips"]  # words change the pictures
-    for name in ("styles.png", "styles-samples.png"):
+    assert len({row["lpips"] for row in report["mixes"][4:]}) == 4  # both scales change the pictures
+    for name in ("styles.png", "styles-words.png", "styles-samples.png"):
         with Image.open(tmp_path / "out" / name) as figure:
             assert figure.width > figure.height
 
 
+def paint(colours, count):
+    """Plain levels (S,3,32,32) by style."""
+    levels = torch.tensor(colours, dtype=torch.uint8)[:, None, :, None, None].expand(-1, count, 3, 32, 32)
+    return dict(zip(style_probe.STYLES, levels, strict=True))
+
+
 def test_perfect_mixes_are_recognised_and_a_picture_of_the_style_does_not_count(tables, stand_ins):
-    pictures = load_pictures(tables[1], image_size=32)
-    probe = style_probe.StyleProbe(Judge(pictures, None, "cpu"), load_pictures(tables[0], image_size=32), 6)
+    pictures, other = load_pictures(tables[1], image_size=32), COLOURS[1:] + COLOURS[:1]
+    judge = Judge(pictures, None, "cpu")
+    probe = style_probe.StyleProbe(judge, load_pictures(tables[0], image_size=32), 6, paint(other, 6))
     rows = style_probe.has_other_style(pictures)
     assert {int(mask.sum()) for mask in rows.values()} == {len(pictures) - 2}
-    painted = {
-        style: torch.tensor(COLOURS[i], dtype=torch.uint8)[None, :, None, None].expand(len(pictures), 3, 32, 32)
-        for i, style in enumerate(style_probe.STYLES)
-    }
+    painted, as_drawn = paint(COLOURS, len(pictures)), paint(other, len(pictures))
     assert style_probe.measure_styles(probe, rows, painted)["accuracy"] == 1
+    assert style_probe.measure_styles(probe, rows, painted)["own_accuracy"] == 0
+    assert style_probe.measure_styles(probe, rows, as_drawn)["own_accuracy"] == 1
     swapped = painted | {"photo": painted["cartoon"]}
     assert style_probe.measure_styles(probe, rows, swapped)["photo"] == 0
     same = {style: probe.judge.real for style in style_probe.STYLES}
     assert style_probe.measure_styles(probe, rows, same)["lpips"] == 0
 
 
-def test_a_mix_is_what_the_app_draws(pipeline, picture):
+@pytest.mark.parametrize("words_scale", [0.0, 4.0])
+def test_a_mix_is_what_the_app_draws(pipeline, picture, words_scale):
     """The batched conditions of the probe against the pipeline's own road."""
     image = picture.resize((32, 32))
-    config = GenerationConfig(num_tokens=4, num_inference_steps=2, tfg_scale=3.0)
+    config = GenerationConfig(num_tokens=4, num_inference_steps=2, tfg_scale=3.0, words_scale=words_scale)
     expected = pipeline.generate("<image>, red sketch", [image], config).images[0]
     pixels = pipeline._pixels([image], "crop")
     conditions = Conditioner(pipeline).mixes(pixels, 4, ", red sketch")
