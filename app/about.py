@@ -83,7 +83,7 @@ def facts(pipeline: VilexPipeline, card: ModelCard) -> list[tuple[str, str]]:
         ("Parameters", ", ".join(f"{name} {_millions(module)}" for name, module in sizes.items())),
         ("Picture as drawn", f"{t2i.image_size} x {t2i.image_size} pixels"),
         ("Tokens of a picture", f"1 to {pipeline.max_tokens}, {t2i.text_width} numbers each"),
-        ("Positions of a prompt", str(t2i.config.context_length)),
+        ("Slots of a prompt", f"{t2i.max_tokens}, for pictures and words"),
         ("Fingerprint", pipeline.fingerprint),
         ("Device and number format", f"{pipeline.device.type}, {str(pipeline.dtype).removeprefix('torch.')}"),
     ]
@@ -147,7 +147,8 @@ def licence_line(folder: Path) -> str:
     """One line on the licence of the weights in a folder: of ours what it allows, else what they or their card name."""
     file, data = licence_file(folder), read_card(folder).data.to_dict()
     if file == LICENCE_FILE:
-        return "The weights are for non-commercial research and personal use (LICENSE_WEIGHTS)."
+        terms = "for non-commercial research, study and art"
+        return f"Share what the weights draw, do not sell it: they are {terms} (LICENSE_WEIGHTS)."
     named = _licence_name(data) or ("see LICENSE_WEIGHTS in their folder" if file else "")
     return f"Licence of the weights: {named}." if named else "The weights in use name no licence."
 

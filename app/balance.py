@@ -9,11 +9,10 @@ from PIL import Image
 
 from app.cards import MAX_CARDS, PictureWord, names_of
 from app.handlers import VIEWS, Handlers, Look, text_of
-from app.ladder import rung_name
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import read_settings, side_by_side
-from vilex.config import GenerationConfig, token_budgets
+from vilex.config import GenerationConfig, token_budgets, tokens_in_words
 from vilex.prompt import has_words
 
 TFG_SCALES = (0.0, 1.0, 3.0, 6.0)
@@ -95,7 +94,7 @@ class Balance:
 
 def caption(budget: int, tfg_scale: float) -> str:
     """A cell of the map in words."""
-    return f"{rung_name(budget)}, TFG {tfg_scale:g}"
+    return f"{tokens_in_words(budget)}, TFG {tfg_scale:g}"
 
 
 def build_balance(studio: Studio) -> None:

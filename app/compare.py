@@ -19,11 +19,10 @@ from torch import Tensor
 from app import table
 from app.cards import names_of, take_cards
 from app.handlers import VIEWS, Handlers, check_choice, text_of
-from app.ladder import rung_name
 from app.messages import Clock, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings
-from vilex.config import GenerationConfig, token_budgets
+from vilex.config import GenerationConfig, token_budgets, tokens_in_words
 from vilex.images import fit_image
 from vilex.prompt import words_of
 from vilex.sampling import Conditions
@@ -135,7 +134,7 @@ class Compare:
     def arms(self) -> dict[str, int | None]:
         """What can be compared: the words alone, or a count of the picture's tokens."""
         budgets = token_budgets(self.handlers.max_tokens)
-        return {WORDS: None} | {rung_name(budget): budget for budget in budgets}
+        return {WORDS: None} | {tokens_in_words(budget): budget for budget in budgets}
 
     def draw(self, card: str, first: str, second: str, prompt: str, view: str, **values: Any) -> Iterator[tuple]:
         """Two pictures from one noise, with a seed of their own, in an order that the page does not tell.

@@ -114,8 +114,9 @@ class Handlers:
     def generate(self, prompt: str, view: str, embed: bool = False, **values: Any) -> Iterator[tuple]:
         """Variations of a picture, mixes of pictures with words, or pictures of words alone.
 
-        In the prompt <image> stands for the picture and [A] for the one named A; pictures that it does not mention
-        come first. Gives a gallery of PNGs that carry their settings, the seed of the first, and a status line.
+        In the prompt <image> stands for the picture and [A] for the one named A; where it mentions none, all come
+        first, and where it mentions some, the others are left out. Gives a gallery of PNGs that carry their settings,
+        the seed of the first, and a status line.
         """
         with in_words():
             pipeline, prompt = self.ready(), text_of(prompt)

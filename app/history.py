@@ -17,7 +17,7 @@ _REMEMBER = f"""(history, ...results) => {{
   const items = results.flat().filter(Boolean).map((item) => item.image ? item : {{ image: item, caption: null }});
   const isNew = (item) => /vilex-[^/]*[.]png$/.test(item.image?.path ?? "")
     && !(history ?? []).some((old) => old.image.path === item.image.path);
-  const stem = (path) => path.match(/vilex-(.*?)(-seed-\\d+)?[.]png$/)[1]
+  const stem = (path) => path.match(/vilex-([^/]*?)(-seed-\\d+)?[.]png$/)[1]
     .replaceAll("-", " ").replace(/^1 tokens$/, "1 token");
   const named = (item) => ({{ ...item, caption: item.caption ?? stem(item.image.path) }});
   return [[...items.filter(isNew).map(named), ...(history ?? [])].slice(0, {MAX_REMEMBERED})];  // one output

@@ -17,7 +17,7 @@ from app.messages import Clock, duration, finished, in_words, working
 from app.pictures import build_versus, compare_two
 from app.studio import SAMPLING, SILENT, Studio
 from app.workbench import side_by_side
-from vilex.config import GenerationConfig
+from vilex.config import GenerationConfig, tokens_in_words
 from vilex.words import likeness
 
 MAX_RUNGS = 6
@@ -35,17 +35,12 @@ class Rung:
     use: gr.Button
 
 
-def rung_name(num_tokens: int) -> str:
-    """A token budget in words."""
-    return "1 token" if num_tokens == 1 else f"{num_tokens} tokens"
-
-
 def parse_budgets(text: object, max_tokens: int) -> list[int]:
     """Token budgets of a text such as "1, 4, 16, 75", cheapest first, each once, at most what the pooler has.
 
     Raises ValueError with the rule for anything else.
     """
-    rule = f"budgets are 1 to {MAX_RUNGS} whole numbers from 1 to {max_tokens}, such as 1, 4, 16"
+    rule = f"Tokens to rebuild from are 1 to {MAX_RUNGS} whole numbers from 1 to {max_tokens}, such as 1, 4, 16"
     if not isinstance(text, str) or not re.fullmatch(r"\s*\d{1,3}(\s*[,;\s]\s*\d{1,3})*\s*", text[:_BUDGET_CHARS]):
         raise ValueError(f"{rule}; got {text!r:.60}")
     budgets = sorted({int(number) for number in re.findall(r"\d+", text)})
@@ -82,7 +77,7 @@ def climb(handlers: Handlers, view: str, budgets: str, embed: bool = False, **va
             for place, path in zip(places, _save(handlers, images, word, group, config, look), strict=True):
                 texts[place] = rung_html(rungs[place], _alike(handlers, word, results[place]), clock.seconds - started)
                 results[place] = path
-            yield *results, *texts, working(f"{rung_name(group[-1])} done", clock.done, clock.total)
+            yield *results, *texts, working(f"{tokens_in_words(group[-1])} done", clock.done, clock.total)
         yield *results, *texts, finished(f"Rebuilt in {duration(clock.seconds)} with seed {config.seed}.")
 
 
@@ -95,7 +90,8 @@ def _draw(
     handlers: Handlers, word: PictureWord, group: Sequence[int], config: GenerationConfig, clock: Clock
 ) -> Iterator[tuple[list[Image.Image] | None, str]]:
     conditions = side_by_side(handlers.pipeline, [[word.vilex_tokens[:rung]] for rung in group], config)
-    return handlers.watch(conditions, config, [config.seed] * len(group), clock, " and ".join(map(rung_name, group)))
+    what = " and ".join(map(tokens_in_words, group))
+    return handlers.watch(conditions, config, [config.seed] * len(group), clock, what)
 
 
 def _save(
@@ -123,13 +119,13 @@ def rung_html(num_tokens: int, alike: float | None = None, seconds: float | None
     """What is said under a rung: its budget, and likeness and time once they are known."""
     said = [] if alike is None else [f"{alike:.0f} % alike"]
     said += [] if seconds is None else [duration(seconds)]
-    return f"<strong>{escape(rung_name(num_tokens))}</strong><span>{escape(' · '.join(said)) or '&nbsp;'}</span>"
+    return f"<strong>{escape(tokens_in_words(num_tokens))}</strong><span>{escape(' · '.join(said)) or '&nbsp;'}</span>"
 
 
-def climb_new(handlers: Handlers, picture: Any, **values: Any) -> Iterator[tuple]:
-    """The same for a picture that has just come, and nothing when it was taken away."""
-    if picture is not None and handlers.pipeline is not None:
-        yield from climb(handlers, picture=picture, **values)
+def climb_new(handlers: Handlers, picture: Any = None, word: str = "", **values: Any) -> Iterator[tuple]:
+    """The same for a picture or a word that has just come, and nothing when it was taken away."""
+    if (picture is not None or word) and handlers.pipeline is not None:
+        yield from climb(handlers, picture=picture, word=word, **values)
 
 
 def lay_out(handlers: Handlers, budgets: str, laid_out: Sequence[int]) -> tuple:
@@ -150,7 +146,7 @@ def lay_out(handlers: Handlers, budgets: str, laid_out: Sequence[int]) -> tuple:
 def use(index: int, laid_out: Sequence[int]) -> tuple:
     """The token count of that rung, for every card, and the status."""
     count = laid_out[index]
-    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with at most {rung_name(count)}.")
+    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with at most {tokens_in_words(count)}.")
 
 
 def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
@@ -161,6 +157,7 @@ def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
         budgets = gr.Textbox(
             ", ".join(map(str, start)), label="Tokens to rebuild picture A from", max_length=_BUDGET_CHARS,
             elem_id="budgets", scale=3, min_width=160,
+            info="All from one noise. 100 % alike would be the picture itself.",
         )  # fmt: skip
         again = gr.Button("Rebuild", elem_id="reconstruct", scale=1, min_width=90)
     with gr.Row(elem_id="rungs"):

@@ -13,11 +13,10 @@ from typing import Any
 
 from app.cards import PictureWord
 from app.handlers import Handlers, text_of
-from app.ladder import rung_name
 from app.messages import finished, in_words
 from app.panel import Panel
 from app.studio import SAMPLING, Studio
-from vilex.config import MIXING
+from vilex.config import MIXING, tokens_in_words
 from vilex.recipe import Recipe, from_json, to_json
 
 MARK = "#vilex="
@@ -74,9 +73,10 @@ def share(handlers: Handlers, prompt: str, **values: Any) -> tuple[str, str]:
 
 
 def _told(words: Sequence[PictureWord], count: int) -> str:
+    lengths = [len(word.vilex_tokens) for word in words]
     held = [
-        f"{min(count, len(word.vilex_tokens))} of {rung_name(len(word.vilex_tokens))} of {word.name or 'the picture'}"
-        for word in words
+        f"{min(count, length)} of {tokens_in_words(length)} of {word.name or 'the picture'}"
+        for word, length in zip(words, lengths, strict=True)
     ]
     if not held:
         return "The link holds prompt and settings."

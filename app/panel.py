@@ -17,6 +17,8 @@ from vilex.diffusion import EmbeddedModel
 
 # where the words of a mix begin to show with the weights that come with the code
 TFG_SCALE, WORDS_SCALE = 3.0, 0.0
+EMPTY_CARD = "Drop a picture here\n- or -\nClick to choose one"
+WORD_CARD = "This card holds a word\n- or -\nDrop a picture here to replace it"
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
 
 
@@ -95,15 +97,16 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
             label=f"Picture {letter}", type="filepath", image_mode=None, format="png", elem_classes="picture",
             sources=["upload", "clipboard", "webcam"], height=230, elem_id="picture" if not index else None,
             buttons=["fullscreen"], webcam_options=gr.WebcamOptions(mirror=False), alt_text=f"Your picture {letter}",
-            placeholder="Drop a picture here\n- or -\nClick to choose one",
+            placeholder=EMPTY_CARD,
         )  # fmt: skip
         word = gr.Textbox("", label=f"Code of picture {letter}", elem_id=f"word-{letter}", elem_classes="unseen")
         note = gr.HTML("", label=f"About picture {letter}", elem_classes="card-note")
         restore = gr.Button("Bring its settings back", size="sm", visible=False)
+        remove = gr.Button(f"Remove picture {letter}", size="sm", visible=index > 0)
         with gr.Accordion(f"Adjust picture {letter}", open=False, elem_classes="adjust"):
             num_tokens = slider(
                 "num_tokens", f"Tokens of {letter}", step=1, value=handlers.max_tokens, maximum=handlers.max_tokens,
-                info="Few keep the subject, many the layout", elem_id=f"tokens-{letter}",
+                info="Few keep palette and light, many what is where", elem_id=f"tokens-{letter}",
             )  # fmt: skip
             weight = gr.Slider(
                 WEIGHT_RANGE.minimum, WEIGHT_RANGE.maximum, 1, step=0.05, label=f"Weight of {letter}", min_width=120,
@@ -123,7 +126,6 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
                 letter, label="Name in the prompt", info=f"Write it in brackets: [{letter}]", max_length=MAX_NAME_CHARS
             )
             source = gr.Textbox("", label=_SOURCE, elem_id=f"source-{letter}")
-            remove = gr.Button(f"Remove picture {letter}", size="sm", visible=index > 0)
     return Card(panel, picture, word, name, weight, num_tokens, fit, seen, note), CardExtras(source, restore, remove)
 
 

@@ -31,7 +31,8 @@ def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> No
     outputs = [studio.gallery, studio.settings["seed"], studio.status]
     seed = studio.settings["seed"]
     # A page runs the listeners of one event one after the other, each to its end
-    generate.click(show_tab, None, [studio.tabs, slider], **SILENT)
+    held = [part for card in studio.cards for part in (card.picture, card.word)]
+    generate.click(show_tab, [studio.prompt, *held], [studio.tabs, slider], **SILENT)
     seeded = generate.click(None, [lock, seed], seed, js=NEW_SEED, show_progress="hidden", api_visibility="private")
     studio.compute(seeded.then, studio.handlers.generate, outputs, inputs, api_name="generate")
 
@@ -52,8 +53,10 @@ def build_versus(elem_id: str) -> gr.ImageSlider:
     )  # fmt: skip
 
 
-def show_tab() -> tuple:
-    """The tab Pictures in front, its slider put away."""
+def show_tab(prompt: str, *held: Any) -> tuple:
+    """The tab Pictures in front, its slider put away; no change where there are no words and no card holds anything."""
+    if not prompt.strip() and not any(held):
+        return gr.skip(), gr.skip()
     return gr.Tabs(selected="pictures"), gr.update(visible=False)
 
 

@@ -24,13 +24,12 @@ from app.cards import (
     usable_name,
 )
 from app.handlers import VIEWS, Handlers, Look, text_of
-from app.ladder import rung_name
 from app.link import from_link
 from app.messages import in_words, sentence, tell
 from app.panel import Panel, schedulers
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import DEFAULT_TOKENS, MIXING, GenerationConfig
+from vilex.config import DEFAULT_TOKENS, MIXING, GenerationConfig, tokens_in_words
 from vilex.prompt import has_words
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
@@ -145,7 +144,7 @@ def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
     code = load_code(path, handlers.ready().fingerprint)
     index = filled.index(False) if not all(filled) else MAX_CARDS - 1
     count = len(code.vilex_tokens)
-    tell(f"Picture {NAMES[index]} is now a word of {rung_name(count)}.")
+    tell(f"Picture {NAMES[index]} is now a word of {tokens_in_words(count)}.")
     return {card_key("word", index): pack(code), card_key("num_tokens", index): count}
 
 
@@ -160,7 +159,9 @@ def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
 
 def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tuple:
     _tell_restored(recipe, page.handlers)
-    return page.fill(from_recipe(page.handlers, recipe, cleared))
+    values = from_recipe(page.handlers, recipe, cleared)
+    del values["num_images"]  # a result is one of those that were drawn at once
+    return page.fill(values)
 
 
 def remember(page: Page, saved: object, own: object = None, link: object = "") -> tuple:
@@ -199,7 +200,8 @@ def _remembered(handlers: Handlers, saved: Values) -> Values:
         shown[i] |= bool(card[card_key("picture", i)] or card.get(card_key("word", i)))
         values |= card
     results = {name: _results(saved.get(name)) for name in ("gallery", "history")}
-    return values | _layout(shown) | results | {"arrival": str(values["picture"] or "")}
+    arrived = "" if values.get("word") else str(values["picture"] or "")  # a word tells of itself
+    return values | _layout(shown) | results | {"arrival": arrived}
 
 
 def _remembered_card(handlers: Handlers, saved: Values, index: int) -> Values:

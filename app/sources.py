@@ -4,16 +4,17 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from gradio.events import Dependency
 from PIL import Image
 
 from app.cards import Upload, is_polished, open_upload, pack, unpack, was_polished
 from app.download import download
 from app.handlers import Handlers
-from app.ladder import rung_name
 from app.messages import finished, in_words, sentence
-from app.panel import CardExtras, Panel
+from app.panel import EMPTY_CARD, WORD_CARD, CardExtras, Panel
 from app.studio import Card
+from vilex.config import tokens_in_words
 from vilex.images import MAX_DECODES
 from vilex.recipe import load_recipe
 
@@ -61,20 +62,26 @@ def _wire_card(
         ),
     ]
     arrivals[0].failure(None, None, card.picture, js="() => null", **_quiet())  # what is no picture does not stay
-    for arrival in arrivals if index == 0 else []:
-        announce(arrival, panel.arrival)
-    card.word.change(
+    word_came = card.word.change(
         partial(word_arrives, handlers, index), [card.word, shown, card.picture, card.fit],
         [card.picture, card.panel, shown, panel.add, *sight], preprocess=False, **_LOOK,
     )  # fmt: skip
+    if index == 0:
+        for arrival in arrivals:
+            announce(arrival, card.picture, panel.arrival)
+        announce(word_came, card.word, panel.arrival)
     extra.remove.click(
         partial(remove, index), shown, [card.picture, card.panel, shown, panel.add, *sight], queue=False, **_quiet()
     )  # fmt: skip
 
 
-def announce(event: Dependency, arrival: gr.Textbox) -> None:
-    """Has picture A rebuilt after the event. What is folded away is not in the page, so its changes go unnoticed."""
-    event.success(None, None, arrival, js="() => String(Math.random())", **_quiet())
+def announce(event: Dependency, held: Component, arrival: gr.Textbox) -> None:
+    """Has picture A rebuilt after the event, if there is what is `held`.
+
+    What is folded away is not in the page, so its changes go unnoticed.
+    """
+    changed = "(held, old) => held ? String(Math.random()) : old"
+    event.success(None, [held, arrival], arrival, js=changed, **_quiet())
 
 
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
@@ -131,7 +138,7 @@ def word_arrives(
 ) -> tuple:
     """The card when a code has come into it: it is shown, says what it holds, and keeps only its own picture."""
     if not word:
-        return (gr.skip(),) * 8
+        return gr.update(placeholder=EMPTY_CARD), *(gr.skip(),) * 7
     shown = [is_shown or i == index for i, is_shown in enumerate(shown)]
     try:
         code = unpack(word, handlers.ready().fingerprint)
@@ -141,13 +148,13 @@ def word_arrives(
     except ValueError as error:
         gr.Warning(sentence(str(error)).message, title="That did not work")
         return gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip(), "", "", gr.update(visible=False)
-    size = rung_name(len(code.vilex_tokens))
+    size = tokens_in_words(len(code.vilex_tokens))
     origin = f", made from {code.source}" if code.source else ""
-    note, kept = f"A word of {size}{origin}. It has no picture to show.", None
+    note, kept, seen = f"A word of {size}{origin}.", gr.update(value=None, placeholder=WORD_CARD), None
     if polished:
-        note, kept = f"Polished: {size} fitted to this picture. Give it again to go back.", gr.skip()
+        note, kept, seen = f"Polished: {size} fitted to this picture. Give it again to go back.", gr.skip(), gr.skip()
     add = gr.update(visible=not all(shown))
-    return kept, gr.update(visible=True), shown, add, kept, gr.skip(), finished(note), gr.update(visible=False)
+    return kept, gr.update(visible=True), shown, add, seen, gr.skip(), finished(note), gr.update(visible=False)
 
 
 def show_next(shown: Shown) -> tuple:

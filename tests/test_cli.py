@@ -125,7 +125,7 @@ def test_several_placeholders_use_the_photos_together(folder, prompt):
 def test_what_was_cut_is_said_on_stderr(folder):
     result = run("mix", "dog.png", "--prompt", "<image>" + " dog" * 30, "--tokens", "4", "--out", "out", *FAST)
     assert result.exit_code == 0
-    assert result.stderr.startswith("dog-mix-seed0: image 1 keeps 1 of 4 tokens; the last words did not fit")
+    assert result.stderr.startswith("dog-mix-seed0: [dog] keeps 1 of 4 tokens; the last words did not fit")
     assert result.stdout.strip() == str(Path("out/dog-mix-seed0.png"))
 
 
@@ -238,13 +238,21 @@ def test_copied_codes_stand_for_pictures(folder, pipeline):
 
 
 def test_photos_are_called_by_their_stems(folder):
-    result = run("mix", "dog.png", "photos/cat.png", "--prompt", "a photo of [cat]", "--tokens", "2", "--out", "out",
-                 "--tfg", "1", *FAST)  # fmt: skip
-    assert result.exit_code == 0 and names_in("out") == ["dog+cat-mix-seed0.png"]
+    result = run("mix", "dog.png", "photos/cat.png", "--prompt", "[dog] a photo of [cat]", "--tokens", "2",
+                 "--out", "out", "--tfg", "1", *FAST)  # fmt: skip
+    assert result.exit_code == 0 and names_in("out") == ["dog+cat-mix-seed0.png"] and not result.stderr
     turned = run("mix", "dog.png", "photos/cat.png", "--prompt", "<image:1> a photo of <image:2>", "--tokens", "2",
                  "--out", "turned", "--tfg", "1", *FAST)  # fmt: skip
     assert turned.exit_code == 0
     assert (pixels_of("out/dog+cat-mix-seed0.png") == pixels_of("turned/dog+cat-mix-seed0.png")).all()
+    alone = run("mix", "dog.png", "photos/cat.png", "--prompt", "a photo of [cat]", "--tokens", "2", *FAST)
+    assert alone.exit_code == 0 and "[dog] is not in the prompt" in alone.stderr
+
+
+@pytest.mark.parametrize(("flags", "said"), [((), False), (("--tfg", "3"), True)])
+def test_a_tfg_that_nobody_asked_for_is_not_called_without_effect(folder, flags, said):
+    result = run("mix", "dog.png", "--prompt", '<image> - "red" + "blue"', "--tokens", "2", *flags, *FAST)
+    assert result.exit_code == 0 and ("text-free guidance has no effect" in result.stderr) is said
 
 
 def drawn_with(*weights: str) -> np.ndarray:

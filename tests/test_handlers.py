@@ -101,7 +101,7 @@ def test_budgets_are_read_as_written(text, budgets):
 
 @pytest.mark.parametrize("text", ["", "many", "0", "76", "1.5", "-1", "1,,2", "1 2 3 4 5 6 7", None, "9" * 99, "<b>"])
 def test_budgets_that_cannot_be_are_refused(handlers, upload, calls, text):
-    with pytest.raises(gr.Error, match="budgets are 1 to 6 whole numbers from 1 to 75") as error:
+    with pytest.raises(gr.Error, match="Tokens to rebuild from are 1 to 6 whole numbers from 1 to 75") as error:
         rebuild(handlers, upload, budgets=text)
     assert not calls and "<b>" not in error.value.message
 
@@ -382,9 +382,16 @@ def test_budget_counts_the_slots_of_pictures_and_words(pipeline):
 def test_words_taken_from_a_picture_cost_no_slots(pipeline):
     spent = budget.spend(pipeline, '[A] - "red" + "blue", a dog', [card_input(name="A"), card_input(4, name="B")])
     assert [(part.text, part.slots) for part in spent.parts] == [
-        ("B", 4), ('A - "red" + "blue"', 6), (",", 1), ("a", 1), ("dog", 1)
+        ('A - "red" + "blue"', 6), (",", 1), ("a", 1), ("dog", 1)
     ]  # fmt: skip
-    assert "A - &quot;red&quot; + &quot;blue&quot; 6" in budget.to_html(spent)
+    html = budget.to_html(spent)
+    assert "A - &quot;red&quot; + &quot;blue&quot;: 6 slots" in html and "[B] is not in the prompt" in html
+
+
+def test_a_name_that_no_picture_has_is_told(pipeline):
+    spent = budget.spend(pipeline, "[corgi] beside [A]", [card_input(4, name="A"), card_input(4, name="B")])
+    assert spent.note == "[B] is not in the prompt; [corgi] is no picture's name: it is read as words"
+    assert budget.spend(pipeline, "[A], [B]", [card_input(4, name="A"), card_input(4, name="B")]).note == ""
 
 
 def test_a_prompt_moves_its_picture_and_a_recipe_draws_it_again(handlers, upload):

@@ -15,6 +15,7 @@ from app.cards import CARD_FIELDS, MAX_CARDS, card_key, pack, pack_polished, tak
 from app.handlers import Handlers
 from app.link import to_link
 from app.models import LaterPipeline
+from app.panel import EMPTY_CARD, WORD_CARD
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import MIXING, GenerationConfig
@@ -66,7 +67,8 @@ def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload,
     values = named(page, restore.bring_back(page, path, cleared={0}))
     assert values["prompt"] == "[corgi] a dog" and values["tfg_scale"] == 2.0 and values["lock"] is True
     assert (values["name"], values["weight"], values["num_tokens"], values["picture"]) == ("corgi", 1.0, 3, None)
-    settings = {name: values[name] for name in ("seed", "num_images", "num_inference_steps", "tfg_scale")}
+    assert "num_images" not in values
+    settings = {name: values[name] for name in ("seed", "num_inference_steps", "tfg_scale")} | {"num_images": 1}
     again = handlers.generate(prompt=values["prompt"], word=values["word"], name="corgi", view="raw", **settings)
     [(again_path, _)] = list(again)[-1][0]
     difference = [abs(a - b) for a, b in zip(*(Image.open(p).tobytes() for p in (path, again_path)), strict=True)]
@@ -288,11 +290,13 @@ def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
     picture, _, seen, word, *_ = sources.fetch(handlers, f"  {text}\n", "crop")
     assert picture is seen is None  # a picture in the card is not rebuilt once more
     picture, panel, shown, add, seen, _, note, _ = sources.word_arrives(handlers, 1, word, [True, False, False, False])
-    assert picture is None and panel["visible"] and shown == [True, True, False, False] and add["visible"]
+    assert (picture["value"], picture["placeholder"]) == (None, WORD_CARD) and panel["visible"]
+    assert shown == [True, True, False, False] and add["visible"]
     assert "A word of 2 tokens" in note and seen is None
     with pytest.raises(gr.Error, match="a code starts with"):
         sources.fetch(handlers, "hello", "crop")
     assert sources.word_arrives(handlers, 1, "hello", [True] * 4)[5] == ""
+    assert sources.word_arrives(handlers, 1, "", shown)[0] == gr.update(placeholder=EMPTY_CARD)
 
 
 def test_a_polished_word_leaves_the_picture_in_its_card_until_it_is_fitted_anew(handlers, upload):
@@ -306,7 +310,7 @@ def test_a_polished_word_leaves_the_picture_in_its_card_until_it_is_fitted_anew(
     assert sources.refit(handlers, None, "pad") == (gr.skip(),) * 3  # a word without a picture stays
     with pytest.warns(UserWarning, match="the picture has changed since its tokens were polished"):
         assert arrives(upload, "pad")[5:7] == ("", "")  # which changed while it was polished
-    assert "It has no picture to show" in arrives(None, "crop")[6]
+    assert arrives(None, "crop")[6] == "<p>A word of 2 tokens, made from corner.</p>"
 
 
 @pytest.mark.parametrize(

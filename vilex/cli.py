@@ -4,6 +4,7 @@ Written paths go to stdout; notes, progress and errors to stderr. Exit code 0 me
 skipped or the model failed, 2 that the input was wrong or nothing could be done.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from vilex import __version__
 from vilex.codes import save_code
-from vilex.config import CUT_RANGE, DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, PolishConfig
+from vilex.config import CUT_RANGE, DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, PolishConfig, tokens_in_words
 from vilex.desk import (
     CODE_SUFFIX,
     MAX_STEM,
@@ -103,7 +105,7 @@ def reconstruct(
             for num_tokens, generation in desk.pipeline.reconstruct(word.vilex_tokens, within, config):
                 images += desk.save(generation, [word], [f"{stem}-t{num_tokens}"])
                 advance()
-            desk.save_sheet(stem, [word], images, [f"{budget} tokens" for budget in within])
+            desk.save_sheet(stem, [word], images, list(map(tokens_in_words, within)))
 
 
 @main.command()
@@ -151,8 +153,11 @@ def mix(
     inputs = find_inputs(photos)
     weight_of = _spread(weights, inputs)
     desk = open_desk(engine, output, inputs)
-    from vilex.prompt import count_placeholders
+    from vilex.prompt import count_placeholders, has_words
 
+    source = click.get_current_context().get_parameter_source("tfg_scale")
+    if source is ParameterSource.DEFAULT and not has_words(prompt, len(inputs), list(inputs)):
+        config = dataclasses.replace(config, tfg_scale=GenerationConfig.tfg_scale)  # the command's own has no effect
     if count_placeholders(prompt) > 1 or any(f"[{stem}]" in prompt for stem in inputs):
         words = [
             read_word(stem, source, desk.pipeline, config.num_tokens, fit, weight_of[stem])

@@ -44,6 +44,11 @@ def range_of(config_class: type, name: str) -> Range:
     return config_class.__dataclass_fields__[name].metadata["range"]
 
 
+def tokens_in_words(count: int) -> str:
+    """A number of tokens in words."""
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
 def token_budgets(max_tokens: int) -> tuple[int, ...]:
     """The ladder of a model that gives at most `max_tokens`: the default budgets below, then all of its tokens."""
     return (*(budget for budget in DEFAULT_BUDGETS if budget < max_tokens), max_tokens)

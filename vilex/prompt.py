@@ -29,7 +29,8 @@ class ComposedPrompt:
     input_ids int64 (B,L); attention_mask bool (B,L); slots bool (B,L), True where a ViLex token stands;
     vectors (S,D), the tokens in row-major order of their slots; kept: tokens kept of each image;
     cut_words: what did not fit, empty when everything did; num_words: word tokens kept; segments: of one prompt,
-    its words as written and the counts of slots between them, in reading order.
+    its words as written and the counts of slots between them, in reading order; names: of the images, as far as they
+    have any; unknown: names in brackets that no image has.
     """
 
     input_ids: Tensor
@@ -41,18 +42,25 @@ class ComposedPrompt:
     num_words: int = 0
     cut_words: str = ""
     segments: tuple[str | int, ...] = ()
+    names: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     @property
     def note(self) -> str:
-        """One sentence on what was cut, empty when nothing was."""
+        """One sentence on what was cut, left out or not understood, empty when nothing was."""
         parts = [
-            f"image {i + 1} keeps {kept} of {asked} tokens"
+            f"{self._label(i)} keeps {kept} of {asked} tokens" if kept else f"{self._label(i)} is not in the prompt"
             for i, (kept, asked) in enumerate(zip(self.kept, self.asked, strict=True))
             if kept < asked
         ]
+        parts += [f"[{name}] is no picture's name: it is read as words" for name in self.unknown]
         if self.cut_words:
             parts.append(f"the last words did not fit: {self.cut_words!r}")
         return "; ".join(parts)
+
+    def _label(self, index: int) -> str:
+        name = self.names[index] if index < len(self.names) else ""
+        return f"[{name}]" if name else f"image {index + 1}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,9 @@ def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | i
     """Text runs and image indices in reading order.
 
     `<image:2>` is the second image, `[corgi]` the one of that name; a plain `<image>` takes the images in
-    turn and stays with the last. Images the text does not mention go first, as in the paper's [v, c]. The terms of
-    an image are no text. Raises ValueError for a number without an image; brackets that name none are ordinary words.
+    turn and stays with the last. Where the text mentions no image, all go first, as in the paper's [v, c]; where it
+    mentions some, the others are left out. The terms of an image are no text. Raises ValueError for a number without
+    an image; brackets that name none are ordinary words.
     """
     segments: list[str | int] = []
     end = 0
@@ -100,8 +109,9 @@ def parse(text: str, num_images: int, names: Sequence[str] = ()) -> list[str | i
         segments += [text[end : match.start()], index]
         end = match.end()
     segments.append(text[end:])
-    unused = [i for i in range(num_images) if i not in segments]
-    return [s for s in unused + segments if not isinstance(s, str) or s.strip()]
+    if not any(isinstance(s, int) for s in segments):
+        segments = [*range(num_images), *segments]
+    return [s for s in segments if not isinstance(s, str) or s.strip()]
 
 
 def _mentions(text: str, num_images: int, names: Sequence[str]) -> Iterator[tuple[re.Match, int]]:
@@ -162,9 +172,9 @@ def fit_budget(
     lengths: Sequence[int], occurrences: Sequence[int], num_words: int, capacity: int
 ) -> tuple[list[int], int]:
     """Tokens kept of each image and of the words: the longest image gives up its tail first, down to one
-    token each; only then the last words go.
+    token each; only then the last words go. An image that does not occur keeps none.
     """
-    kept = list(lengths)
+    kept = [length if times else 0 for length, times in zip(lengths, occurrences, strict=True)]
 
     def total() -> int:
         return sum(k * n for k, n in zip(kept, occurrences, strict=True))
@@ -209,6 +219,8 @@ def compose(
         num_words=num_words,
         cut_words=tokenizer.decode(words[num_words:]).strip(),
         segments=tuple(kept[s] if isinstance(s, int) else s for s in segments),
+        names=tuple(names),
+        unknown=tuple(match[2] for match in _SLOT.finditer(text) if match[2] is not None and match[2] not in names),
     )
 
 

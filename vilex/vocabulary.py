@@ -13,6 +13,7 @@ from vilex.prompt import embedding_module, tokenize
 from vilex.t2i import TextToImage
 from vilex.words import shift, weigh
 
+_WHOLE_WORD = re.compile(r"[▁Ġ]?[A-Za-z]{2,}(</w>)?")  # with the marks of several tokenizers
 _UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT vocabularies keep free
 _SAMPLED_WORDS = 512  # words whose own nearest word is looked for; their median stands for all
 _CHUNK = 64  # rows of a distance matrix at a time: 8 MB for 30,522 words
@@ -50,10 +51,11 @@ def nearest_words(
 ) -> list[list[Neighbour]]:
     """The `count` words most like each of vilex_tokens (N,D) by cosine, the most alike first: a hint, not a fact.
 
-    table (V,D) holds the word embeddings. Tokens and words count as seen from the table's mean: word embeddings
-    share one large common part, beside which every word would look alike.
+    Only whole words in Latin letters, as pieces of words say nothing to a reader. table (V,D) holds the word
+    embeddings. Tokens and words count as seen from the table's mean: word embeddings share one large common part,
+    beside which every word would look alike.
     """
-    ids, mean = ordinary_words(tokenizer, len(table)), table.mean(0)
+    ids, mean = _readable(tokenizer, ordinary_words(tokenizer, len(table))), table.mean(0)
     words = F.normalize(table[ids] - mean, dim=-1)  # (V',D)
     similarities = F.normalize(vilex_tokens.to(table) - mean, dim=-1) @ words.T  # (N,V')
     values, places = similarities.topk(min(count, len(ids)))  # (N,count)
@@ -62,6 +64,13 @@ def nearest_words(
         [Neighbour(name, round(value, 4)) for name, value in zip(row, similarity, strict=True)]
         for row, similarity in zip(names, values.tolist(), strict=True)
     ]
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
+    """Those of `ids` int64 (V',) that are whole words in Latin letters; all of them where none is."""
+    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
+    kept = ids[torch.tensor([bool(_WHOLE_WORD.fullmatch(piece)) for piece in pieces])]
+    return kept if len(kept) else ids
 
 
 def word_distance(vilex_tokens: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:

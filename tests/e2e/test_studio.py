@@ -56,7 +56,7 @@ def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
     wait_rebuilt(page)
     page.get_by_label("Tokens to rebuild picture A from").fill("1, many")
     page.get_by_role("button", name="Rebuild").click()
-    expect(page.get_by_text("budgets are 1 to 6 whole numbers from 1 to 75")).to_be_visible()
+    expect(page.get_by_text("Tokens to rebuild from are 1 to 6 whole numbers from 1 to 75")).to_be_visible()
     unfold(page, "Adjust picture A")
     page.get_by_label("Name in the prompt").fill("[dog]")
     expect(page.locator("#budget")).to_contain_text("a picture's name has 1 to 80 characters")
