@@ -147,8 +147,8 @@ def licence_line(folder: Path) -> str:
     """One line on the licence of the weights in a folder: of ours what it allows, else what they or their card name."""
     file, data = licence_file(folder), read_card(folder).data.to_dict()
     if file == LICENCE_FILE:
-        terms = "for non-commercial research, study and art"
-        return f"Share what the weights draw, do not sell it: they are {terms} (LICENSE_WEIGHTS)."
+        terms = "non-commercial research and personal, educational and artistic study"
+        return f"The weights and what they draw are for {terms}: share, do not sell (LICENSE_WEIGHTS)."
     named = _licence_name(data) or ("see LICENSE_WEIGHTS in their folder" if file else "")
     return f"Licence of the weights: {named}." if named else "The weights in use name no licence."
 

@@ -110,7 +110,7 @@ def build_balance(studio: Studio) -> None:
         object_fit="contain", interactive=False, height="auto", elem_id="balance", elem_classes="thumbs",
         allow_preview=False, buttons=["download_all"],
     )  # fmt: skip
-    inputs = studio.inputs("cards", "prompt", "embed", "words_scale", "seed", *SAMPLING)
+    inputs = studio.inputs("cards", "prompt", "embed", "seed", *SAMPLING, "words_scale")
     studio.compute(draw.click, tab.draw, [gallery, studio.status], inputs, api_name="balance")
     taken = [*(card.num_tokens for card in studio.cards), studio.settings["tfg_scale"], studio.status]
     gallery.select(tab.adopt, None, taken, show_progress="hidden", queue=False, api_visibility="private")

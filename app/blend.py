@@ -143,7 +143,9 @@ def _build_cross_fade() -> tuple[gr.Button, dict[str, Component]]:
 
 def _build_graft(max_tokens: int) -> tuple[gr.Button, dict[str, Component]]:
     with gr.Accordion("Content of one, look of the other", open=False):
-        gr.Markdown("The first tokens hold what matters most, the last ones the details: cut and join them.")
+        gr.Markdown(
+            "The first tokens of one picture, then the last of the other. The ladder shows what few tokens hold."
+        )
         with gr.Row():
             cut = gr.Slider(
                 0, max_tokens, min(16, max_tokens), step=1, label="Cut", min_width=180, scale=3,

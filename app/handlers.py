@@ -24,7 +24,7 @@ from vilex.codes import load_code, save_code, to_text
 from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, MIXING, GenerationConfig
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import has_words
+from vilex.prompt import has_words, mentioned
 from vilex.recipe import Recipe, build_recipe, build_recipe_image, save_png
 from vilex.sampling import Conditions, Step
 from vilex.upsampler import SMALL_SIDE, Upsampler
@@ -32,7 +32,7 @@ from vilex.upsampler import SMALL_SIDE, Upsampler
 MAX_COPIED = 4  # tokens; a code of more is too long to copy by hand
 VIEWS = ("enlarged", "raw")
 PREVIEWS = 6  # pictures shown on the way to each result, beside the first
-_TFG_INFO = "0 ignores the words, 1 is plain, 3 to 6 make them show"
+_TFG_INFO = "1 is the plain mixture, 3 to 6 make the words show, 0 leaves it out"
 _WORDS_INFO = "Adds what the words alone ask for: at 4 a sketch has lines, an emoji is flat"
 _NO_WORDS, _NO_PICTURE = "Has no effect: the prompt has no words", "Has no effect without a picture and words"
 _PREVIEW_SIZE = 64  # pixels, where no encoder says how many it reads
@@ -194,13 +194,15 @@ class Handlers:
         share: bool = False,
         index: int = 0,
     ) -> Recipe:
-        """What the PNG of picture `index` says of how it was made; `share` puts the pictures' tokens into it."""
+        """What the PNG of picture `index` says of how it was made; `share` puts the tokens of its pictures into it."""
+        used = mentioned(prompt, len(words), names_of(words))
         images = [
             build_recipe_image(
-                self.pipeline, w.name, w.vilex_tokens, weight=w.weight, fit=w.fit if w.is_encoded else "", share=share
+                self.pipeline, w.name, w.vilex_tokens, weight=w.weight, fit=w.fit if w.is_encoded else "",
+                share=share and i in used,
             )
-            for w in words
-        ]
+            for i, w in enumerate(words)
+        ]  # fmt: skip
         return build_recipe(self.pipeline, prompt, config, images, index=index)
 
     def save(

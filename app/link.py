@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from app.cards import PictureWord
+from app.cards import PictureWord, names_of
 from app.handlers import Handlers, text_of
 from app.messages import finished, in_words
 from app.panel import Panel
 from app.studio import SAMPLING, Studio
-from vilex.config import MIXING, tokens_in_words
+from vilex.config import tokens_in_words
+from vilex.prompt import mentioned
 from vilex.recipe import Recipe, from_json, to_json
 
 MARK = "#vilex="
@@ -40,7 +41,7 @@ READ = f"""(memory, own) => {{
 
 def wire_link(studio: Studio, panel: Panel) -> None:
     """Has the button make the link and copy it."""
-    inputs = studio.inputs("prompt", "cards", "num_images", *MIXING, "seed", *SAMPLING)
+    inputs = studio.inputs("prompt", "cards", "num_images", "tfg_scale", "seed", *SAMPLING, "words_scale")
     made = studio.compute(
         panel.link.click, partial(share, studio.handlers), panel.linked, inputs, api_visibility="private"
     )  # fmt: skip
@@ -69,7 +70,8 @@ def share(handlers: Handlers, prompt: str, **values: Any) -> tuple[str, str]:
                 f"the link would have {len(write(1))} characters, the limit is {MAX_CHARS}: "
                 "take pictures away or shorten the prompt"
             )
-        return write(count), finished(_told(words, count))
+        used = mentioned(prompt, len(words), names_of(words))
+        return write(count), finished(_told([word for i, word in enumerate(words) if i in used], count))
 
 
 def _told(words: Sequence[PictureWord], count: int) -> str:

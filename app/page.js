@@ -25,13 +25,18 @@ document.addEventListener("drop", (event) => {
 // else to A
 const toCard = (event, files) => {
   const zones = [...document.querySelectorAll(".card .picture")].filter((zone) => zone.offsetParent);
-  const zone = zones.find((one) => !one.closest(".card").querySelector(".picture img, .card-note p")) ?? zones[0];
+  const isFree = (one) => !one.closest(".card").querySelector(".picture img, .card-note p");
+  const isComing = (one) => Date.now() - (one.dataset.given ?? 0) < 2000;  // what it was given is not shown yet
+  const zone = zones.find((one) => isFree(one) && !isComing(one)) ?? zones[0];
+  if (zone) zone.dataset.given = Date.now();
   give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
 };
 // an example goes where a picture that is dropped beside the zones would
 window.takeExample = async (index) => {
   const address = document.querySelectorAll("#example-pictures img")[index].src;
-  const content = await (await fetch(address)).blob();
+  const answer = await fetch(address);
+  if (!answer.ok) return;
+  const content = await answer.blob();
   toCard(new Event("example"), [new File([content], address.split("/").pop(), { type: content.type })]);
 };
 document.addEventListener("paste", (event) => toCard(event, [...(event.clipboardData?.files ?? [])]), true);

@@ -15,8 +15,7 @@ from app.studio import Card
 from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 from vilex.diffusion import EmbeddedModel
 
-# where the words of a mix begin to show with the weights that come with the code
-TFG_SCALE, WORDS_SCALE = 3.0, 0.0
+TFG_SCALE = 3.0  # where the words of a mix begin to show with the weights that come with the code
 EMPTY_CARD = "Drop a picture here\n- or -\nClick to choose one"
 WORD_CARD = "This card holds a word\n- or -\nDrop a picture here to replace it"
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
@@ -75,7 +74,7 @@ def build_panel(handlers: Handlers, steps: int, num_images: int, models: Sequenc
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}
     settings["tfg_scale"] = slider("tfg_scale", "Words against picture (TFG)", step=0.1, value=TFG_SCALE, maximum=10)
-    settings["words_scale"] = slider("words_scale", "Words by themselves", step=0.1, value=WORDS_SCALE, maximum=10)
+    settings["words_scale"] = slider("words_scale", "Words by themselves", step=0.1, maximum=10)
     with gr.Row(elem_id="buttons"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
@@ -149,7 +148,7 @@ def _build_settings(
         more["guidance_scale"] = slider("guidance_scale", "Guidance", step=0.1)
         more["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", max_length=MAX_PROMPT_CHARS,
-            info="What to move away from; has an effect at guidance other than 1",
+            info="What to move away from; no effect at guidance 1 without words by themselves",
         )  # fmt: skip
         views = list(zip(["Enlarged", "As drawn"], VIEWS, strict=True))
         view = gr.Radio(views, value=VIEWS[0], label="Size of results", elem_id="view")

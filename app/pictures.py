@@ -9,7 +9,6 @@ from app.cards import Upload, open_upload
 from app.handlers import Handlers
 from app.messages import in_words
 from app.studio import SAMPLING, SILENT, Studio
-from vilex.config import MIXING
 
 RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 NEW_SEED = f"(isKept, seed) => isKept ? seed : {RANDOM_SEED}"
@@ -27,7 +26,9 @@ def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> No
     """Lays out the tab and wires Generate to it, which draws a new seed first unless `lock` is on."""
     studio.gallery.render()
     slider = build_versus("versus")
-    inputs = studio.inputs("prompt", "view", "embed", "cards", "num_images", *MIXING, "seed", *SAMPLING)
+    inputs = studio.inputs(
+        "prompt", "view", "embed", "cards", "num_images", "tfg_scale", "seed", *SAMPLING, "words_scale"
+    )
     outputs = [studio.gallery, studio.settings["seed"], studio.status]
     seed = studio.settings["seed"]
     # A page runs the listeners of one event one after the other, each to its end

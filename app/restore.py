@@ -172,7 +172,10 @@ def remember(page: Page, saved: object, own: object = None, link: object = "") -
     """
     known = {name: value for each in (saved, own) if isinstance(each, dict) for name, value in each.items()}
     values = _remembered(page.handlers, known) if known else {}
-    return page.fill(values | (_linked(page.handlers, link) if isinstance(link, str) and link else {}))
+    values |= _linked(page.handlers, link) if isinstance(link, str) and link else {}
+    if "picture" in values and not values.get("word"):  # a word tells of itself
+        values["arrival"] = str(values["picture"] or "")
+    return page.fill(values)
 
 
 def _linked(handlers: Handlers, link: str) -> Values:
@@ -200,8 +203,7 @@ def _remembered(handlers: Handlers, saved: Values) -> Values:
         shown[i] |= bool(card[card_key("picture", i)] or card.get(card_key("word", i)))
         values |= card
     results = {name: _results(saved.get(name)) for name in ("gallery", "history")}
-    arrived = "" if values.get("word") else str(values["picture"] or "")  # a word tells of itself
-    return values | _layout(shown) | results | {"arrival": arrived}
+    return values | _layout(shown) | results
 
 
 def _remembered_card(handlers: Handlers, saved: Values, index: int) -> Values:

@@ -69,18 +69,19 @@ def _wire_card(
     if index == 0:
         for arrival in arrivals:
             announce(arrival, card.picture, panel.arrival)
-        announce(word_came, card.word, panel.arrival)
+        announce(word_came, card.word, panel.arrival, in_sight=True)  # else it is in the way of what is drawn next
     extra.remove.click(
         partial(remove, index), shown, [card.picture, card.panel, shown, panel.add, *sight], queue=False, **_quiet()
     )  # fmt: skip
 
 
-def announce(event: Dependency, held: Component, arrival: gr.Textbox) -> None:
-    """Has picture A rebuilt after the event, if there is what is `held`.
+def announce(event: Dependency, held: Component, arrival: gr.Textbox, in_sight: bool = False) -> None:
+    """Has picture A rebuilt after the event, if there is what is `held`; in_sight: only where the ladder is seen.
 
     What is folded away is not in the page, so its changes go unnoticed.
     """
-    changed = "(held, old) => held ? String(Math.random()) : old"
+    seen = ' && document.getElementById("rungs")?.offsetParent' if in_sight else ""
+    changed = f"(held, old) => held{seen} ? String(Math.random()) : old"
     event.success(None, [held, arrival], arrival, js=changed, **_quiet())
 
 

@@ -109,7 +109,7 @@ def test_licence_line_comes_from_the_weights_folder(tmp_path, name, text, line):
 @pytest.mark.parametrize("name", ["mini", "nano"])
 def test_the_weights_that_come_with_the_code_are_under_its_licence_for_weights(name):
     folder = WEIGHTS_FOLDER / name
-    assert "non-commercial research, study and art" in licence_line(folder)
+    assert "non-commercial research and personal" in licence_line(folder)
     assert LICENCE_FILE.read_text(encoding="utf-8") in licences(folder)
 
 

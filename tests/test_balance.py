@@ -50,11 +50,13 @@ def test_a_code_of_few_tokens_is_not_said_to_have_more(tab, pipeline):
     assert captions[:4] == ["1 token, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0"]
 
 
-def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture):
-    gallery = list(tab.draw(**PROMPT | one))[-1][0]
+@pytest.mark.parametrize("words_scale", [0.0, 2.0])
+def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture, words_scale):
+    gallery = list(tab.draw(**PROMPT | one, words_scale=words_scale))[-1][0]
     for place in (1, 10, 15):
         num_tokens, tfg_scale = tab.cells[place]
-        config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_tokens=num_tokens, tfg_scale=tfg_scale)
+        scales = {"tfg_scale": tfg_scale, "words_scale": words_scale}
+        config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_tokens=num_tokens, **scales)
         drawn = tab.handlers.pipeline.generate(PROMPT["prompt"], [picture], config, names=["A"]).images[0]
         path = gallery[place][0]
         pairs = zip(Image.open(path).tobytes(), drawn.tobytes(), strict=True)

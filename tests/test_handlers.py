@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from app import budget, ladder, polish, ui
+from app import budget, ladder, pictures, polish, ui
 from app.cards import CardInput, pack, pack_polished, read_card, take_cards, unpack
 from app.handlers import Handlers, build_config, measure
 from vilex.codes import VilexCode, from_text, load_code
@@ -148,6 +148,12 @@ def test_where_the_sliders_of_words_are_greyed_they_say_nothing(handlers, upload
     pictures, _, status = draw(handlers, upload, prompt, tfg_scale=6.0, words_scale=2.0)[-1]
     config = load_recipe(pictures[0][0]).config
     assert (config.tfg_scale, config.words_scale) == scales and "no effect" not in status
+
+
+def test_where_there_is_nothing_to_draw_the_page_stays_where_it_is():
+    for asked in (("a dog", None, ""), ("", None, "word"), ("", {"path": "photo.png"}, "")):
+        assert pictures.show_tab(*asked)[0].selected == "pictures"
+    assert all(map(is_skipped, pictures.show_tab(" ", None, "")))
 
 
 def test_what_did_not_fit_is_said(handlers, upload):
@@ -389,7 +395,7 @@ def test_words_taken_from_a_picture_cost_no_slots(pipeline):
 
 
 def test_a_name_that_no_picture_has_is_told(pipeline):
-    spent = budget.spend(pipeline, "[corgi] beside [A]", [card_input(4, name="A"), card_input(4, name="B")])
+    spent = budget.spend(pipeline, "[corgi] beside [A] or [corgi]", [card_input(4, name="A"), card_input(4, name="B")])
     assert spent.note == "[B] is not in the prompt; [corgi] is no picture's name: it is read as words"
     assert budget.spend(pipeline, "[A], [B]", [card_input(4, name="A"), card_input(4, name="B")]).note == ""
 

@@ -59,7 +59,7 @@ def altered(link: str, change: dict[str, Any]) -> str:
 
 
 def test_a_link_brings_prompt_settings_and_pictures_back(handlers, page, cards, told):
-    settings = {"tfg_scale": 2.5, "num_images": 3, "negative_prompt": "grün"}
+    settings = {"tfg_scale": 2.5, "words_scale": 1.5, "num_images": 3, "negative_prompt": "grün"}
     link, note = share(handlers, "[A] on [B]", **cards, **settings, weight_2=0.5)
     assert link.startswith(MARK) and len(link) <= MAX_CHARS
     assert "prompt, settings and 6 of 6 tokens of A, 4 of 4 tokens of B: who has it" in note
@@ -76,8 +76,12 @@ def test_a_link_brings_prompt_settings_and_pictures_back(handlers, page, cards, 
 def test_a_link_wins_over_what_the_browser_remembers(handlers, page, cards):
     link, _ = share(handlers, "a red boat", num_inference_steps=2)
     memory = saved(cards["picture"], num_inference_steps=9)
-    assert opened(page, "", memory)["prompt"] == "a dog"
+    remembered = opened(page, "", memory)
+    assert remembered["prompt"] == "a dog" and remembered["arrival"] == remembered["picture"] != ""
+    with_pictures, _ = share(handlers, "", **cards)
+    assert "arrival" not in opened(page, with_pictures, memory)  # its word has the ladder drawn
     values = opened(page, link, memory)
+    assert values["arrival"] == ""
     assert (values["prompt"], values["view"], values["lock"]) == ("a red boat", "raw", True)
     assert values["num_inference_steps"] == 2
 
@@ -88,6 +92,12 @@ def test_as_many_tokens_as_fit_are_in_the_link_and_no_more(handlers, cards, monk
     link, told = share(handlers, "", **cards)
     assert len(link) < len(whole) and "5 of 6 tokens of A, 4 of 4 tokens of B" in told
     assert [image.num_tokens for image in from_link(link).images] == [5, 4]
+
+
+def test_a_link_leaves_out_the_content_of_what_its_prompt_leaves_out(handlers, cards):
+    link, told = share(handlers, "[B] in snow", **cards)
+    assert [bool(image.code) for image in from_link(link).images] == [False, True]
+    assert "4 of 4 tokens of B" in told and "of A" not in told
 
 
 def test_a_link_that_cannot_hold_one_token_of_each_picture_is_not_made(handlers, cards, monkeypatch):

@@ -153,6 +153,7 @@ def test_closing_the_stream_stops_the_denoiser(pipeline, picture):
         ("a dog", {"negative_prompt": "cat"}, True, ""),
         ("a dog", {"negative_prompt": "cat", "guidance_scale": 1}, True,
          "the negative prompt has no effect at guidance 1"),
+        ("a dog", {"negative_prompt": "cat", "guidance_scale": 1, "words_scale": 2}, True, ""),
         ("", {"tfg_scale": 2}, True, "text-free guidance has no effect without words"),
         ("a dog", {"tfg_scale": 2}, False, "text-free guidance has no effect without an image"),
         ("", {"tfg_scale": 2, "words_scale": 1}, True,
@@ -318,5 +319,5 @@ def test_words_by_themselves_are_those_of_the_prompt_without_its_pictures(pipeli
     alone = pipeline.conditions("a dog, red", [], config).joint
     assert (conditions.words is None) is (words_scale == 0)
     assert not words_scale or torch.equal(conditions.words.prompt_embeds, alone.prompt_embeds)
-    assert pipeline.conditions("<image>", [tokens], config).words is None
+    assert pipeline.conditions("<image>,", [tokens], config).words is None
     assert pipeline.conditions("a dog", [], config).words is None

@@ -95,10 +95,21 @@ def image(**changes):
     return changed(images=[{key: v for key, v in {**DOG.to_dict(), **changes}.items() if v != "drop"}])
 
 
-def test_recipes_from_before_the_words_had_a_scale_of_their_own_are_read():
+@pytest.mark.parametrize(
+    ("prompt", "now"),
+    [
+        ("[dog] in snow", "<image:2> [dog] in snow"),  # which put what it does not mention first
+        ("<image:2> in snow", "<image:1> <image:2> in snow"),
+        ("[dog] on [cat]", "[dog] on [cat]"),
+        ("in snow", "in snow"),
+    ],
+)
+def test_recipes_of_version_2_draw_what_they_drew(prompt, now):
     settings = {key: value for key, value in CONFIG.to_dict().items() if key != "words_scale"}
-    earlier = load_recipe(png_with(changed(version=2, config=settings)))
+    images = [dataclasses.replace(DOG, name=name).to_dict() for name in ("dog", "cat")]
+    earlier = load_recipe(png_with(changed(version=2, config=settings, prompt=prompt, images=images)))
     assert earlier.config == dataclasses.replace(CONFIG, words_scale=0.0)
+    assert earlier.prompt == now
 
 
 BAD = {

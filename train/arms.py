@@ -25,7 +25,7 @@ from vilex.config import DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, Range, c
 from vilex.diffusion import Conditioning
 from vilex.images import to_levels
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import compose, compose_leading, special_tokens, tokenize
+from vilex.prompt import compose, compose_leading, special_tokens, tokenize, words_of
 from vilex.sampling import Conditions, sample
 from vilex.t2i import TextToImage
 
@@ -94,7 +94,7 @@ class Conditioner:
         """
         room = self.t2i.max_tokens - len(tokenize(self.t2i.tokenizer, words).input_ids)
         vilex_tokens = self.pipeline.encoder(pixels.to(self.pipeline.device), max(1, min(num_tokens, room)))
-        alone = self.words([words.strip(", ")] * len(pixels)).joint
+        alone = self.words([words_of(words, 0)]).joint.expand(len(pixels))
         return Conditions(self.empty, self.read(vilex_tokens), self.read(vilex_tokens, words), alone)
 
     def read(self, vilex_tokens: Tensor, words: str = "") -> Conditioning:

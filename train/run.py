@@ -234,9 +234,9 @@ class TrainingRun(ABC):
         inputs = {"data": self.pictures.fingerprint(), frozen[0]: fingerprint(frozen[1])}
         self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs, shown)
 
-    def compiled(self, denoiser: nn.Module) -> nn.Module:
-        """The denoiser, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
-        return torch.compile(denoiser) if self.options.compiled else denoiser
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, compiled with --compile; sampling keeps the plain one, whose shapes vary."""
+        return torch.compile(network) if self.options.compiled else network
 
     @abstractmethod
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:

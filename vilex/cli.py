@@ -144,9 +144,9 @@ def mix(
 
     In the prompt, <image> stands for the picture: "<image>, in the style of Claude Monet". Without it the picture
     comes first. If the prompt holds more than one, such as "<image> riding <image>" or "<image:2> on <image:1>", or
-    names a PHOTO, such as "[corgi] riding [bike]" for corgi.jpg and bike.jpg, all PHOTOs are used together in one
-    prompt; otherwise each PHOTO gets its own picture. <image> - "snow" + "sand" takes words from the picture and adds
-    others.
+    names a PHOTO, such as "[corgi] riding [bike]" for corgi.jpg and bike.jpg, the PHOTOs that it mentions are used
+    together in one prompt; otherwise each PHOTO gets its own picture. <image> - "snow" + "sand" takes words from the
+    picture and adds others.
 
     Written as <stem>-mix-seed<seed>.png, with + between several stems.
     """
@@ -155,10 +155,10 @@ def mix(
     desk = open_desk(engine, output, inputs)
     from vilex.prompt import count_placeholders, has_words
 
-    source = click.get_current_context().get_parameter_source("tfg_scale")
-    if source is ParameterSource.DEFAULT and not has_words(prompt, len(inputs), list(inputs)):
+    given = click.get_current_context().get_parameter_source("tfg_scale")
+    if given is ParameterSource.DEFAULT and not has_words(prompt, len(inputs), list(inputs)):
         config = dataclasses.replace(config, tfg_scale=GenerationConfig.tfg_scale)  # the command's own has no effect
-    if count_placeholders(prompt) > 1 or any(f"[{stem}]" in prompt for stem in inputs):
+    if count_placeholders(prompt) > 1 or "<image:" in prompt or any(f"[{stem}]" in prompt for stem in inputs):
         words = [
             read_word(stem, source, desk.pipeline, config.num_tokens, fit, weight_of[stem])
             for stem, source in inputs.items()

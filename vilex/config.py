@@ -124,12 +124,12 @@ class GenerationConfig(Config):
     seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the first picture")
     num_inference_steps: int = setting(20, 1, 100, "denoising steps")
     guidance_scale: float = setting(2.0, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
-    tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 ignores the words, 1 = plain joint")
-    words_scale: float = setting(0.0, 0.0, 20.0, "guidance by the words alone, beside an image: 0 = none")
+    tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 = no joint prompt, 1 = plain joint")
     guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")
     guidance_high: float = setting(1.0, 0.0, 1.0, "guidance is on while t/T is at most this")
     scheduler: str = "auto"
     negative_prompt: str = ""
+    words_scale: float = setting(0.0, 0.0, 20.0, "guidance by the words alone, beside an image: 0 = none")
 
     def rules(self) -> list[str]:
         broken = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -70,13 +71,16 @@ class Desk:
         """The pictures as written: one PNG each, with the recipe that draws it alone."""
         note(names[0], generation.note)
         images = [self.enlarge(image) for image in generation.images]
-        entries = [self._entry(word, generation.config.num_tokens) for word in words]
+        from vilex.prompt import mentioned
+
+        used = mentioned(generation.prompt, len(words), [word.name for word in words])
+        entries = [self._entry(word, generation.config.num_tokens, i in used) for i, word in enumerate(words)]
         for i, (image, name) in enumerate(zip(images, names, strict=True)):
             self.write(image, name, build_recipe(self.pipeline, generation.prompt, generation.config, entries, index=i))
         return images
 
-    def _entry(self, word: InputWord, num_tokens: int) -> RecipeImage:
-        tokens, share = word.vilex_tokens[:num_tokens], self.output.share_tokens
+    def _entry(self, word: InputWord, num_tokens: int, is_used: bool) -> RecipeImage:
+        tokens, share = word.vilex_tokens[:num_tokens], self.output.share_tokens and is_used
         return build_recipe_image(self.pipeline, word.name, tokens, weight=word.weight, fit=word.fit, share=share)
 
     def save_sheet(
@@ -213,14 +217,21 @@ def read_recipe(
     recipe = load_recipe(source)
     if recipe is None:
         raise ValueError(f"{source.name} carries no settings of ViLex")
-    missing = sum(not image.code for image in recipe.images)
+    from vilex.prompt import mentioned
+
+    used = mentioned(recipe.prompt, len(recipe.images), [image.name for image in recipe.images])
+    missing = sum(not image.code for i, image in enumerate(recipe.images) if i in used)
     if missing and missing != len(photos):
         raise ValueError(
             f"{source.name} does not hold the tokens of its pictures: give {missing} by --photo, got {len(photos)}"
         )
     spare = iter(photos)
     try:
-        return recipe, [_word_of(image, pipeline, spare) for image in recipe.images]
+        nothing = torch.zeros(1, pipeline.t2i.text_width)  # of pictures that have no place in the prompt
+        return recipe, [
+            _word_of(image, pipeline, spare) if i in used else InputWord(image.name, nothing)
+            for i, image in enumerate(recipe.images)
+        ]
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from error
 

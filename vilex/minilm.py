@@ -32,7 +32,9 @@ def load_text_encoder(name: str = MINILM_ID) -> tuple[PreTrainedTokenizerBase, P
     if not folder.is_dir():
         raise ValueError(f"text encoder {name!r} is neither {MINILM_ID} nor a folder")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return tokenizer, load_pretrained(AutoModel, folder, dtype=torch.float32).eval().requires_grad_(False)
+    # the embedded model masks as SDPA does
+    encoder = load_pretrained(AutoModel, folder, dtype=torch.float32, attn_implementation="sdpa")
+    return tokenizer, encoder.eval().requires_grad_(False)
 
 
 def locate_minilm() -> Path:

@@ -335,11 +335,12 @@ class VilexPipeline:
         notes = [self.compose(prompt, images, config.num_tokens, names).note]
         if cut := self.compose(config.negative_prompt).cut_words:
             notes.append(f"the last words of the negative prompt did not fit: {cut!r}")
-        if config.negative_prompt and config.guidance_scale == 1:
+        is_mixed = bool(images) and has_words(prompt, len(images), names)
+        if config.negative_prompt and config.guidance_scale == 1 and not (is_mixed and config.words_scale):
             notes.append("the negative prompt has no effect at guidance 1")
         turned = [called for name, called in MIXING.items() if getattr(config, name) != getattr(GenerationConfig, name)]
-        missing = "an image" if not images else "" if has_words(prompt, len(images), names) else "words"
-        if turned and missing:
+        if turned and not is_mixed:
+            missing = "words" if images else "an image"
             notes.append(f"{' and '.join(turned)} {'has' if len(turned) == 1 else 'have'} no effect without {missing}")
         return "; ".join(note for note in notes if note)
 
@@ -369,7 +370,7 @@ class VilexPipeline:
             uncond=self._condition(config.negative_prompt, []),
             image=image,
             joint=self.t2i.encode_prompt(joint) if is_joint else None,
-            words=self._condition(text, []) if words and is_joint and config.words_scale else None,
+            words=self._condition(text, []) if words and text and config.words_scale else None,
         )
 
     def _compose(self, prompt: str, words: Sequence[Tensor], names: Sequence[str]) -> ComposedPrompt:

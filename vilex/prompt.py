@@ -129,6 +129,11 @@ def _mentions(text: str, num_images: int, names: Sequence[str]) -> Iterator[tupl
         yield match, index
 
 
+def mentioned(text: str, num_images: int, names: Sequence[str] = ()) -> set[int]:
+    """Which images stand in the prompt: those it mentions, or all where it mentions none."""
+    return {s for s in parse(text, num_images, names) if isinstance(s, int)}
+
+
 def parse_terms(text: str, num_images: int, names: Sequence[str] = ()) -> list[Terms]:
     """The terms of each image; several of one sign are read as one text.
 
@@ -220,8 +225,13 @@ def compose(
         cut_words=tokenizer.decode(words[num_words:]).strip(),
         segments=tuple(kept[s] if isinstance(s, int) else s for s in segments),
         names=tuple(names),
-        unknown=tuple(match[2] for match in _SLOT.finditer(text) if match[2] is not None and match[2] not in names),
+        unknown=_unknown_names(text, names) if vilex_tokens else (),
     )
+
+
+def _unknown_names(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    found = [match[2] for match in _SLOT.finditer(text) if match[2] is not None]
+    return tuple(dict.fromkeys(name for name in found if name not in names))
 
 
 def _lay_out(

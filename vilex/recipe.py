@@ -250,7 +250,17 @@ def _checked(values: Any) -> Recipe:
         raise ValueError("environment must hold text only")
     config = _build(GenerationConfig, values["config"], "config")
     images = [_build(RecipeImage, image, f"image {i}") for i, image in enumerate(values["images"], 1)]
-    return Recipe(**values | {"config": config, "images": tuple(images)})
+    recipe = Recipe(**values | {"config": config, "images": tuple(images)})
+    return _with_all_images(recipe) if version == 2 else recipe
+
+
+def _with_all_images(recipe: Recipe) -> Recipe:
+    """A recipe of version 2, which put the images that its prompt does not mention first, in words of now."""
+    from vilex.prompt import mentioned  # here: it takes seconds to import
+
+    used = mentioned(recipe.prompt, len(recipe.images), [image.name for image in recipe.images])
+    left_out = "".join(f"<image:{i + 1}> " for i in range(len(recipe.images)) if i not in used)
+    return dataclasses.replace(recipe, prompt=left_out + recipe.prompt)
 
 
 def _build(kind: type[Config], values: Any, name: str) -> Any:

@@ -13,7 +13,8 @@ from vilex.prompt import embedding_module, tokenize
 from vilex.t2i import TextToImage
 from vilex.words import shift, weigh
 
-_WHOLE_WORD = re.compile(r"[▁Ġ]?[A-Za-z]{2,}(</w>)?")  # with the marks of several tokenizers
+# whole words, by the marks of T5 and GPT, of CLIP, and of BERT, which marks the other pieces
+_WHOLE_WORDS = tuple(map(re.compile, (r"[▁Ġ][A-Za-z]{2,}", r"[A-Za-z]{2,}</w>", r"[A-Za-z]{2,}")))
 _UNUSED = re.compile(r"\[unused\d+\]")  # entries that BERT vocabularies keep free
 _SAMPLED_WORDS = 512  # words whose own nearest word is looked for; their median stands for all
 _CHUNK = 64  # rows of a distance matrix at a time: 8 MB for 30,522 words
@@ -39,11 +40,18 @@ class Reading:
 
 
 def ordinary_words(tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> Tensor:
-    """Ids int64 (V',) of the vocabulary without special tokens and entries that mean nothing."""
+    """Ids int64 (V',) of whole words in Latin letters, as pieces of words say nothing to a reader.
+
+    Where the vocabulary has none, of all that is neither special nor kept free.
+    """
     ids = range(min(vocabulary_size, len(tokenizer)))  # some tables have more rows than there are words
-    pieces = zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
     special = set(tokenizer.all_special_ids)
-    return torch.tensor([i for i, piece in pieces if i not in special and not _UNUSED.fullmatch(piece)])
+    names = zip(ids, tokenizer.convert_ids_to_tokens(list(ids)), strict=True)
+    pieces = {i: piece for i, piece in names if i not in special and not _UNUSED.fullmatch(piece)}
+    for rule in _WHOLE_WORDS:
+        if words := [i for i, piece in pieces.items() if rule.fullmatch(piece)]:
+            return torch.tensor(words)
+    return torch.tensor(list(pieces))
 
 
 def nearest_words(
@@ -51,11 +59,10 @@ def nearest_words(
 ) -> list[list[Neighbour]]:
     """The `count` words most like each of vilex_tokens (N,D) by cosine, the most alike first: a hint, not a fact.
 
-    Only whole words in Latin letters, as pieces of words say nothing to a reader. table (V,D) holds the word
-    embeddings. Tokens and words count as seen from the table's mean: word embeddings share one large common part,
-    beside which every word would look alike.
+    table (V,D) holds the word embeddings. Tokens and words count as seen from the table's mean: word embeddings
+    share one large common part, beside which every word would look alike.
     """
-    ids, mean = _readable(tokenizer, ordinary_words(tokenizer, len(table))), table.mean(0)
+    ids, mean = ordinary_words(tokenizer, len(table)), table.mean(0)
     words = F.normalize(table[ids] - mean, dim=-1)  # (V',D)
     similarities = F.normalize(vilex_tokens.to(table) - mean, dim=-1) @ words.T  # (N,V')
     values, places = similarities.topk(min(count, len(ids)))  # (N,count)
@@ -64,13 +71,6 @@ def nearest_words(
         [Neighbour(name, round(value, 4)) for name, value in zip(row, similarity, strict=True)]
         for row, similarity in zip(names, values.tolist(), strict=True)
     ]
-
-
-def _readable(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
-    """Those of `ids` int64 (V',) that are whole words in Latin letters; all of them where none is."""
-    pieces = tokenizer.convert_ids_to_tokens(ids.tolist())
-    kept = ids[torch.tensor([bool(_WHOLE_WORD.fullmatch(piece)) for piece in pieces])]
-    return kept if len(kept) else ids
 
 
 def word_distance(vilex_tokens: Tensor, table: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:

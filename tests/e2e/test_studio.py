@@ -108,6 +108,8 @@ def test_a_word_dropped_on_the_page_goes_to_an_empty_card(page: Page, server: Se
     )
     expect(page.locator("#card-A")).to_contain_text("A word of 6 tokens, made from cactus")
     expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("^6 slots"))
+    expect(page.locator("#rung-2 img")).to_have_attribute("src", re.compile("vilex-6-tokens"))  # its ladder is drawn
+    expect(page.get_by_text("This card holds a word").first).to_be_visible()
 
 
 def test_a_refresh_loses_nothing(page: Page) -> None:
