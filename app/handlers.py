@@ -32,8 +32,8 @@ from vilex.upsampler import SMALL_SIDE, Upsampler
 MAX_COPIED = 4  # tokens; a code of more is too long to copy by hand
 VIEWS = ("enlarged", "raw")
 PREVIEWS = 6  # pictures shown on the way to each result, beside the first
-_TFG_INFO = "1 is the plain mixture, 3 to 6 make the words show, 0 leaves it out"
-_WORDS_INFO = "Adds what the words alone ask for: at 4 a sketch has lines, an emoji is flat"
+_TFG_INFO = "1 is the plain mixture, more is for the words, 0 leaves it out"
+_WORDS_INFO = "Adds what the words alone ask for: 0 nothing, at 4 styles show, above less of the picture is left"
 _NO_WORDS, _NO_PICTURE = "Has no effect: the prompt has no words", "Has no effect without a picture and words"
 _PREVIEW_SIZE = 64  # pixels, where no encoder says how many it reads
 _log = logging.getLogger(__name__)

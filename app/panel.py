@@ -12,10 +12,9 @@ from app.handlers import MAX_COPIED, VIEWS, Handlers
 from app.polish import build_polish
 from app.presets import build_presets, wire_presets
 from app.studio import Card
-from vilex.config import MAX_PROMPT_CHARS, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
+from vilex.config import MAX_PROMPT_CHARS, MIX_SCALES, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 from vilex.diffusion import EmbeddedModel
 
-TFG_SCALE = 3.0  # where the words of a mix begin to show with the weights that come with the code
 EMPTY_CARD = "Drop a picture here\n- or -\nClick to choose one"
 WORD_CARD = "This card holds a word\n- or -\nDrop a picture here to replace it"
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
@@ -73,8 +72,12 @@ def build_panel(handlers: Handlers, steps: int, num_images: int, models: Sequenc
     )  # fmt: skip
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}
-    settings["tfg_scale"] = slider("tfg_scale", "Words against picture (TFG)", step=0.1, value=TFG_SCALE, maximum=10)
-    settings["words_scale"] = slider("words_scale", "Words by themselves", step=0.1, maximum=10)
+    settings["tfg_scale"] = slider(
+        "tfg_scale", "Words against picture (TFG)", step=0.1, value=MIX_SCALES["tfg_scale"], maximum=10
+    )
+    settings["words_scale"] = slider(
+        "words_scale", "Words by themselves", step=0.1, value=MIX_SCALES["words_scale"], maximum=10
+    )
     with gr.Row(elem_id="buttons"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)

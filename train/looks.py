@@ -74,7 +74,7 @@ def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
 @measuring_options
 @click.option("--pictures", type=click.Path(exists=True, path_type=Path), default=EXAMPLES, help="A folder.")
 @click.option("--mixed", default="sailboat,cat,fruit,coffee", show_default=True, help="Pictures to mix with words.")
-@click.option("--mix-tokens", type=int, default=16, show_default=True, help="Tokens of a picture beside words.")
+@click.option("--mix-tokens", type=int, default=75, show_default=True, help="Tokens of a picture beside words.")
 @click.option("--tfg", type=Numbers(0, 20), default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
 @click.option("--words-scale", type=Numbers(0, 20), default="2,4", show_default=True, help="Values of words_scale.")
 def main(

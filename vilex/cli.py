@@ -16,7 +16,15 @@ from click.core import ParameterSource
 
 from vilex import __version__
 from vilex.codes import save_code
-from vilex.config import CUT_RANGE, DEFAULT_BUDGETS, MAX_TOKENS, GenerationConfig, PolishConfig, tokens_in_words
+from vilex.config import (
+    CUT_RANGE,
+    DEFAULT_BUDGETS,
+    MAX_TOKENS,
+    MIX_SCALES,
+    GenerationConfig,
+    PolishConfig,
+    tokens_in_words,
+)
 from vilex.desk import (
     CODE_SUFFIX,
     MAX_STEM,
@@ -128,11 +136,11 @@ def vary(engine: Engine, config: GenerationConfig, photos: Sequence[Source], fit
 @main.command()
 @photo_options
 @prompt_option
-@setting_option("--tfg", "tfg_scale", 3)
-@setting_option("--words-scale", "words_scale")
+@setting_option("--tfg", "tfg_scale", MIX_SCALES["tfg_scale"])
+@setting_option("--words-scale", "words_scale", MIX_SCALES["words_scale"])
 @weight_option
 @setting_option("--count", "num_images")
-@setting_option("--tokens", "num_tokens", 16)
+@setting_option("--tokens", "num_tokens")
 @drawing_options
 @sharing_options
 @shared
@@ -155,9 +163,10 @@ def mix(
     desk = open_desk(engine, output, inputs)
     from vilex.prompt import count_placeholders, has_words
 
-    given = click.get_current_context().get_parameter_source("tfg_scale")
-    if given is ParameterSource.DEFAULT and not has_words(prompt, len(inputs), list(inputs)):
-        config = dataclasses.replace(config, tfg_scale=GenerationConfig.tfg_scale)  # the command's own has no effect
+    if not has_words(prompt, len(inputs), list(inputs)):  # the command's own scales have no effect: nobody gave them
+        source = click.get_current_context().get_parameter_source
+        unasked = [name for name in MIX_SCALES if source(name) is ParameterSource.DEFAULT]
+        config = dataclasses.replace(config, **{name: getattr(GenerationConfig, name) for name in unasked})
     if count_placeholders(prompt) > 1 or "<image:" in prompt or any(f"[{stem}]" in prompt for stem in inputs):
         words = [
             read_word(stem, source, desk.pipeline, config.num_tokens, fit, weight_of[stem])
