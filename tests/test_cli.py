@@ -82,10 +82,12 @@ def test_a_picture_depends_on_its_seed_not_on_its_batch(folder):
 
 
 def test_pngs_carry_the_settings_that_draw_them_alone(folder, pipeline):
-    run("mix", "dog.png", "--prompt", "<image> on the beach", "--count", "2", "--tokens", "4", "--tfg", "2.5",
-        "--guidance", "1.5", "--seed", "7", "--out", "out", *FAST)  # fmt: skip
+    scales = ("--tfg", "2.5", "--words-scale", "1.5", "--guidance", "1.5")
+    run("mix", "dog.png", "--prompt", "<image> on the beach", "--count", "2", "--tokens", "4", *scales, "--seed", "7",
+        "--out", "out", *FAST)  # fmt: skip
     recipe = load_recipe("out/dog-mix-seed8.png")
     expected = {"num_tokens": 4, "seed": 8, "num_inference_steps": 2, "guidance_scale": 1.5, "tfg_scale": 2.5}
+    expected |= {"words_scale": 1.5}
     assert recipe.config == GenerationConfig(**expected, scheduler="ddpm")  # with what "auto" meant
     assert (recipe.prompt, recipe.model) == ("<image> on the beach", "tiny")
     assert (recipe.dtype, recipe.device) == ("float32", "cpu")
