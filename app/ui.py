@@ -138,7 +138,7 @@ def _build_results(
 def _build_examples(panel: Panel) -> None:
     with gr.Row(elem_id="examples"):
         pictures = gr.Dataset(
-            components=[gr.Image(type="filepath", render=False)], samples=[[str(path)] for path in _example_files()],
+            components=[panel.cards[0].picture], samples=[[str(path)] for path in _example_files()],
             label="Example pictures", elem_id="example-pictures",
         )  # fmt: skip
         pictures.click(None, pictures, None, js="(index) => takeExample(index)", api_visibility="private")
