@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE_KEY = "vilex"  # keyword of the PNG text chunk
 RECIPE_VERSION = 3
-_EARLIER = {2: {"words_scale": 0.0}}  # settings that recipes of these versions lack, and what they drew with
+_EARLIER_VERSION = 2  # which is read too: it had no words_scale, and used images that its prompt does not mention
 MAX_RECIPE_CHARS = 10_000_000  # 255 tokens of Stable Diffusion 3 take 2.1 million
 MAX_IMAGES = MAX_TOKENS  # a prompt gives each at least one token
 _MAX_CHARS = 200  # of names and versions
@@ -242,20 +242,21 @@ def _checked(values: Any) -> Recipe:
     version = values.pop("version", None)
     if type(version) is int and version == 1:
         raise ValueError("recipe version 1 is of an earlier ViLex and names no pictures: draw the picture anew")
-    if type(version) is not int or version not in (*_EARLIER, RECIPE_VERSION):
-        raise ValueError(f"recipe version {version!r:.20}, this ViLex reads 2 to {RECIPE_VERSION}")
+    if type(version) is not int or version not in (_EARLIER_VERSION, RECIPE_VERSION):
+        raise ValueError(f"recipe version {version!r:.20}, this ViLex reads {_EARLIER_VERSION} and {RECIPE_VERSION}")
     _check_entries(values, _RECIPE_TYPES, "")
-    values["config"] |= _EARLIER.get(version, {})
+    if version == _EARLIER_VERSION:
+        values["config"] |= {"words_scale": 0.0}
     if not all(isinstance(text, str) for text in values["environment"].values()):
         raise ValueError("environment must hold text only")
     config = _build(GenerationConfig, values["config"], "config")
     images = [_build(RecipeImage, image, f"image {i}") for i, image in enumerate(values["images"], 1)]
     recipe = Recipe(**values | {"config": config, "images": tuple(images)})
-    return _with_all_images(recipe) if version == 2 else recipe
+    return _with_all_images(recipe) if version == _EARLIER_VERSION else recipe
 
 
 def _with_all_images(recipe: Recipe) -> Recipe:
-    """A recipe of version 2, which put the images that its prompt does not mention first, in words of now."""
+    """A recipe of the earlier version, which put images that its prompt does not mention first, in words of now."""
     from vilex.prompt import mentioned  # here: it takes seconds to import
 
     used = mentioned(recipe.prompt, len(recipe.images), [image.name for image in recipe.images])
