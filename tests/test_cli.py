@@ -251,6 +251,16 @@ def test_photos_are_called_by_their_stems(folder):
     assert alone.exit_code == 0 and "[dog] is not in the prompt" in alone.stderr
 
 
+def test_what_a_prompt_leaves_out_is_neither_shared_nor_asked_for_again(folder):
+    run("mix", "dog.png", "photos/cat.png", "--prompt", "a photo of [cat]", "--tokens", "2", "--share-tokens",
+        "--out", "out", *FAST)  # fmt: skip
+    assert [bool(image.code) for image in load_recipe("out/dog+cat-mix-seed0.png").images] == [False, True]
+    again = run("redo", "out/dog+cat-mix-seed0.png", "--out", "again")
+    assert again.exit_code == 0, again.output
+    difference = pixels_of("again/dog+cat-mix-seed0-redo.png") - pixels_of("out/dog+cat-mix-seed0.png")
+    assert abs(difference).max() <= 6  # a code is rounded
+
+
 @pytest.mark.parametrize(("flags", "said"), [((), False), (("--tfg", "3"), True)])
 def test_a_tfg_that_nobody_asked_for_is_not_called_without_effect(folder, flags, said):
     result = run("mix", "dog.png", "--prompt", '<image> - "red" + "blue"', "--tokens", "2", *flags, *FAST)
