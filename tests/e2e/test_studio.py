@@ -164,7 +164,7 @@ def test_a_link_brings_the_page_back_and_no_server_sees_it(browser: Browser, pag
     set_slider(page, "num-images", 1)
     page.get_by_label("Keep this seed").check()
     page.locator("#prompt textarea").fill("<image>, at <night>")
-    page.get_by_role("button", name="Link to this page").click()
+    unfold(page, "Link to this page")
     page.get_by_role("button", name="Copy a link to this page").click()
     expect(page.locator("#link-note")).to_contain_text(re.compile(r"\d+ of 75 tokens of A.*It is copied"), timeout=SLOW)
     link = page.evaluate("navigator.clipboard.readText()")

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, expect
 
 from app.handlers import Handlers
 from app.ui import Notes, build_demo, launch_options
-from tests.e2e.conftest import free_port, open_app
+from tests.e2e.conftest import free_port, open_app, unfold
 from tests.e2e.test_app import download, open_settings, set_slider, wait_drawn
 from train.presets import PRESETS
 from vilex.codes import VilexCode, to_text
@@ -45,7 +45,7 @@ def test_the_choice_of_a_model_leads_to_its_page(browser: Browser, address: str,
         page.locator("#prompt textarea").fill("a red dog")
         expect(page.locator("#small-print")).to_contain_text("Model: tiny.")
         expect(page.locator(".nav-holder")).not_to_be_visible()
-        page.get_by_role("button", name="Adjust picture A").click()
+        unfold(page, "Adjust picture A")
         source = page.locator("#source-A").get_by_role("textbox")
         source.fill(to_text(VilexCode(torch.ones(2, 8), pipeline.fingerprint)))
         source.press("Enter")
@@ -58,7 +58,7 @@ def test_the_choice_of_a_model_leads_to_its_page(browser: Browser, address: str,
         page.locator("#budget .bar").wait_for()
         expect(page.locator("#small-print")).to_contain_text("Model: small.")
         expect(page.locator("#prompt textarea")).to_have_value("a red dog")  # the browser remembers it for all pages
-        page.get_by_role("button", name="Adjust picture A").click()
+        unfold(page, "Adjust picture A")
         expect(page.locator("#tokens-A input[type=range]")).to_have_attribute("max", "16")
         open_settings(page)
         set_slider(page, "num-images", 1)
