@@ -204,22 +204,29 @@ def test_a_broken_file_is_skipped_and_the_rest_done(folder):
     assert names_in("out") == ["cat-seed0.png", "dog-seed0.png"]
 
 
-def test_an_existing_picture_is_replaced(folder):
-    Path("out").mkdir()
-    Path("out/dog-seed0.png").write_bytes(b"old")
-    run("vary", "dog.png", "--count", "1", "--tokens", "4", "--out", "out", *FAST)
-    assert load_recipe("out/dog-seed0.png") is not None
+def test_a_picture_is_kept_from_others_of_its_name(folder):
+    def draw(prompt: str) -> list[str]:
+        flags = ("--tokens", "4", "--out", "out", "--sheet", *FAST)
+        return run("mix", "dog.png", "--prompt", prompt, *flags).stdout.split()
+
+    first = draw("a red")
+    assert [Path(name).name for name in first] == ["dog-mix-seed0.png", "dog-mix-sheet.png"]
+    before = [Path(name).read_bytes() for name in first]
+    second = draw("a blue")
+    assert [Path(name).name for name in second] == ["dog-mix-seed0-2.png", "dog-mix-sheet-2.png"]
+    assert [load_recipe(name).prompt for name in (first[0], second[0])] == ["a red", "a blue"]
+    assert draw("a red") == first and draw("a blue") == second  # what is there already is not written twice
+    assert [Path(name).read_bytes() for name in first] == before
+    assert names_in("out") == sorted(Path(name).name for name in first + second)
 
 
 def test_a_given_file_is_never_overwritten(folder):
     Path("dog.png").rename("dog-seed0.png")
     Path("photos/cat.png").rename("dog.png")
     before = Path("dog-seed0.png").read_bytes()
-    result = run("vary", "dog.png", "dog-seed0.png", "--count", "1", "--tokens", "4", "--out", ".", *FAST)
-    assert (result.exit_code, Path("dog-seed0.png").read_bytes()) == (2, before)
-    assert result.stderr == (
-        "Error: dog-seed0.png is one of the given files and would be overwritten: choose another --out\n"
-    )
+    result = run("vary", "dog.png", "--count", "1", "--tokens", "4", "--out", ".", *FAST)
+    assert (result.exit_code, result.stdout) == (0, "dog-seed0-2.png\n")
+    assert Path("dog-seed0.png").read_bytes() == before and load_recipe("dog-seed0-2.png") is not None
 
 
 def copied(picture: str, pipeline: VilexPipeline, num_tokens: int = 3) -> str:

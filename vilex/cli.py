@@ -33,9 +33,7 @@ from vilex.desk import (
     Source,
     each_readable,
     echo_path,
-    files_of,
     find_inputs,
-    free_path,
     load_pipeline,
     note,
     open_desk,
@@ -104,7 +102,7 @@ def reconstruct(
     All start from the same noise. Written as <stem>-t<tokens>.png.
     """
     inputs = find_inputs(photos)
-    desk = open_desk(engine, output, inputs)
+    desk = open_desk(engine, output)
     read = functools.partial(read_word, pipeline=desk.pipeline, num_tokens=max(budgets), fit=fit)
     with progress(len(inputs) * len(budgets)) as advance:
         for stem, word in each_readable(inputs, read, lambda: advance(len(budgets))):
@@ -129,7 +127,7 @@ def vary(engine: Engine, config: GenerationConfig, photos: Sequence[Source], fit
     Written as <stem>-seed<seed>.png; the same seed gives the same picture, whatever --count is.
     """
     inputs = find_inputs(photos)
-    desk = open_desk(engine, output, inputs)
+    desk = open_desk(engine, output)
     _draw_each(desk, inputs, dict.fromkeys(inputs, 1.0), "", config, fit, ending="")
 
 
@@ -160,7 +158,7 @@ def mix(
     """
     inputs = find_inputs(photos)
     weight_of = _spread(weights, inputs)
-    desk = open_desk(engine, output, inputs)
+    desk = open_desk(engine, output)
     from vilex.prompt import count_placeholders, has_words
 
     if not has_words(prompt, len(inputs), list(inputs)):  # the command's own scales have no effect: nobody gave them
@@ -188,7 +186,7 @@ def generate(engine: Engine, config: GenerationConfig, output: Output, prompt: s
 
     Written as <words>-seed<seed>.png.
     """
-    desk = open_desk(engine, output, {})
+    desk = open_desk(engine, output)
     stem = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:MAX_STEM] or "picture"
     with progress(config.num_inference_steps) as advance:
         desk.draw(stem, prompt, [], config, advance)
@@ -238,7 +236,7 @@ def blend_row(
     inputs = find_inputs(photos)
     if len(inputs) != 2:
         raise ValueError(f"blend takes two pictures, got {len(inputs)}")
-    desk, stem = open_desk(engine, output, inputs), _joined(inputs)
+    desk, stem = open_desk(engine, output), _joined(inputs)
     first, second = (read_word(*item, desk.pipeline, config.num_tokens, fit) for item in inputs.items())
     row = list(_grafted(first, second, cut) if cut is not None else _blended(first, second, count))
     images = []
@@ -273,7 +271,7 @@ def redo(engine: Engine, pngs: Sequence[Path], photos: Sequence[Source], output:
     Written as <stem>-redo.png.
     """
     inputs, given = find_inputs(pngs), find_inputs(photos)
-    desk = open_desk(engine, output, {**inputs, **{f"photo {stem}": photo for stem, photo in given.items()}})
+    desk = open_desk(engine, output)
     read = functools.partial(read_recipe, pipeline=desk.pipeline, photos=list(given.values()))
     with progress(len(inputs)) as advance:
         for stem, (recipe, words) in each_readable(inputs, read, advance):
@@ -379,6 +377,7 @@ def _keep(
     pipeline: "VilexPipeline", vilex_tokens: "Tensor", stem: str, out: Path, inputs: Mapping[str, Source]
 ) -> None:
     path = out if out.suffix == CODE_SUFFIX else out / f"{stem}{CODE_SUFFIX}"
-    path = free_path(path, files_of(inputs))
+    if path.resolve() in {source.resolve() for source in inputs.values() if isinstance(source, Path)}:
+        raise ValueError(f"{path} is one of the given files and would be overwritten: choose another --out")
     save_code(path, vilex_tokens, pipeline.fingerprint, source=f"{stem}{CODE_SUFFIX}")
     echo_path(path)

@@ -1,7 +1,10 @@
 """What the commands of `vilex` read and write: pictures and codes in, PNGs and lines of text out."""
 
+import filecmp
 import logging
+import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,12 +48,11 @@ class InputWord:
 
 @dataclass(frozen=True)
 class Desk:
-    """A loaded pipeline and where its pictures go; `sources` are the given files, which are never overwritten."""
+    """A loaded pipeline and where its pictures go."""
 
     pipeline: "VilexPipeline"
     output: Output
     upsampler: Upsampler | None
-    sources: frozenset[Path]
 
     def draw(
         self,
@@ -90,23 +92,16 @@ class Desk:
         if not self.output.sheet:
             return
         given = {word.name: fit_image(word.image, images[0].width, word.fit) for word in words if word.image}
-        path = self.target(f"{stem}-sheet.png")
-        contact_sheet([[*given.values(), *images]], column_labels=[*given, *labels]).save(path)
-        echo_path(path)
+        sheet = contact_sheet([[*given.values(), *images]], column_labels=[*given, *labels])
+        echo_path(place(self.output.out / f"{stem}-sheet.png", sheet.save))
 
     def write(self, image: Image.Image, name: str, recipe: Recipe) -> None:
         """Writes one picture with its recipe and echoes its path."""
-        path = self.target(f"{name}.png")
-        save_png(image, path, recipe)
-        echo_path(path)
+        echo_path(place(self.output.out / f"{name}.png", lambda path: save_png(image, path, recipe)))
 
     def enlarge(self, image: Image.Image) -> Image.Image:
         """A small picture at the size to look at, unless the model's own pixels are asked for."""
         return image if self.upsampler is None or image.width >= SMALL_SIDE else self.upsampler(image)
-
-    def target(self, name: str) -> Path:
-        """The path of an output. Raises ValueError when a given file lies there."""
-        return free_path(self.output.out / name, self.sources)
 
 
 def load_pipeline(engine: Engine) -> "VilexPipeline":
@@ -126,25 +121,28 @@ def _silence_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def open_desk(engine: Engine, output: Output, inputs: Mapping[str, Source]) -> Desk:
+def open_desk(engine: Engine, output: Output) -> Desk:
     """A desk over a pipeline that is loaded now."""
     output.out.mkdir(parents=True, exist_ok=True)
     pipeline, upsampler = load_pipeline(engine), None if output.raw else build_upsampler()
     upsampler_name = upsampler.name if upsampler else "no upsampler"
     _log.info("%s on %s in %s, %s", pipeline.name, pipeline.device, pipeline.dtype, upsampler_name)
-    return Desk(pipeline, output, upsampler, files_of(inputs))
+    return Desk(pipeline, output, upsampler)
 
 
-def files_of(inputs: Mapping[str, Source]) -> frozenset[Path]:
-    """The files among the inputs."""
-    return frozenset(source.resolve() for source in inputs.values() if isinstance(source, Path))
-
-
-def free_path(path: Path, sources: frozenset[Path]) -> Path:
-    """The path itself. Raises ValueError when a given file lies there."""
-    if path.resolve() in sources:
-        raise ValueError(f"{path} is one of the given files and would be overwritten: choose another --out")
-    return path
+def place(path: Path, write: Callable[[Path], None]) -> Path:
+    """Has a file written, and gives its path: the next with -2, -3 ... where files with other contents lie."""
+    fresh = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        write(fresh)
+        free, count = path, 1
+        while free.exists() and not filecmp.cmp(fresh, free, shallow=False):
+            count += 1
+            free = path.with_stem(f"{path.stem}-{count}")
+        os.replace(fresh, free)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return free
 
 
 def find_inputs(photos: Sequence[Source]) -> dict[str, Source]:

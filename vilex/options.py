@@ -119,7 +119,7 @@ out_option = click.option(
     default="outputs",
     envvar="VILEX_OUTPUTS",
     show_envvar=True,
-    help="Folder for the pictures; made if needed, files of the same name are replaced.",
+    help="Folder for the pictures, made if needed. Other files there are kept: a name that is taken gets -2, -3 ...",
 )
 result_options = _stack(
     click.option("--raw", is_flag=True, help="Save the model's own pixels, without the upsampler."), out_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from torch import Tensor
 
-from vilex.desk import Desk, InputWord, Source, each_readable, files_of, find_inputs, load_pipeline, progress, read_word
+from vilex.desk import Desk, InputWord, Source, each_readable, find_inputs, load_pipeline, progress, read_word
 from vilex.images import fit_image
 from vilex.options import Engine, Output, one_photo, out_option, photo_options, shared, sheet_option
 from vilex.words import COMPARED, similar
@@ -47,7 +47,7 @@ def find_similar(
         click.echo(f"{score:.3f}\t{source if isinstance(source, Path) else name}")
     if sheet:
         out.mkdir(parents=True, exist_ok=True)
-        desk = Desk(pipeline, Output(out, sheet=True), None, files_of(asked) | files_of(inputs))
+        desk = Desk(pipeline, Output(out, sheet=True), None)
         _save_sheet(
             desk, stem, word, {f"{score:.3f} {name}": read(name, inputs[name]) for name, score in found.items()}
         )
