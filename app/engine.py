@@ -163,7 +163,8 @@ class Engine:
         return Waiting(self._waiting.index(job) + 1, round(seconds))
 
     def _seconds_left(self) -> float:
-        return self._seconds(self._running, self._steps_left)
+        """Seconds that what is drawn still takes; what was stopped ends within a step."""
+        return self._seconds([job for job in self._running if not job.is_over], self._steps_left)
 
     def _seconds(self, jobs: list[Job], num_steps: int) -> float:
         rate = statistics.median(self._seconds_per_row) if self._seconds_per_row else 0.0

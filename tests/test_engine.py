@@ -378,6 +378,7 @@ def test_places_and_seconds_count_down(engine, ask, watched, monkeypatch):
     release(watched, len(watched.rows) + 1)
     assert next(third) == Waiting(2, 2 * 6 + 3 * 12)
     running.close()
+    assert next(third) == Waiting(2, 3 * 12)  # what was stopped is not waited for
     release(watched, len(watched.rows) + 1)
     assert next(third) == Waiting(1, 3 * 12)
     watched.gate.set()
