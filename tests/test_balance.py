@@ -62,7 +62,7 @@ def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture, words_scale
         pairs = zip(Image.open(path).tobytes(), drawn.tobytes(), strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 2, tab.cells[place]
         recipe = load_recipe(path)
-        assert (recipe.prompt, recipe.config) == (PROMPT["prompt"], replace(config, scheduler="ddpm"))
+        assert (recipe.prompt, recipe.config) == (PROMPT["prompt"], replace(config, scheduler="sde-dpm++"))
         assert [(image.num_tokens, image.code) for image in recipe.images] == [(num_tokens, "")]
 
 

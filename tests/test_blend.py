@@ -161,5 +161,5 @@ def test_closing_stops_the_drawing(tab, cards, monkeypatch):
 
 def test_settings_other_than_tokens_reach_the_drawing(tab, cards):
     recipe = load_recipe(fade(tab, cards, guidance_scale=3.5)[-1][0][0][0])
-    expected = GenerationConfig(**SETTINGS | {"guidance_scale": 3.5, "num_tokens": 6, "scheduler": "ddpm"})
+    expected = GenerationConfig(**SETTINGS | {"guidance_scale": 3.5, "num_tokens": 6, "scheduler": "sde-dpm++"})
     assert recipe.config == expected  # with what "auto" meant

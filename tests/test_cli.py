@@ -88,7 +88,7 @@ def test_pngs_carry_the_settings_that_draw_them_alone(folder, pipeline):
     recipe = load_recipe("out/dog-mix-seed8.png")
     expected = {"num_tokens": 4, "seed": 8, "num_inference_steps": 2, "guidance_scale": 1.5, "tfg_scale": 2.5}
     expected |= {"words_scale": 1.5}
-    assert recipe.config == GenerationConfig(**expected, scheduler="ddpm")  # with what "auto" meant
+    assert recipe.config == GenerationConfig(**expected, scheduler="sde-dpm++")  # with what "auto" meant
     assert (recipe.prompt, recipe.model) == ("<image> on the beach", "tiny")
     assert (recipe.dtype, recipe.device) == ("float32", "cpu")
 

@@ -20,7 +20,7 @@ from vilex.config import EncoderConfig, GenerationConfig, PoolerConfig, T2IConfi
         ({"seed": "7"}, "seed must be a number, got '7'"),
         ({"seed": True}, "seed must be a number, got True"),
         ({"seed": 2**32 - 1, "num_images": 2}, r"seed \+ num_images must not exceed 2\^32"),
-        ({"scheduler": "plms"}, r"scheduler must be one of auto, dpm\+\+, ddim, ddpm, euler, got 'plms'"),
+        ({"scheduler": "plms"}, r"scheduler must be one of auto, dpm\+\+, sde-dpm\+\+, ddim, ddpm, euler, got 'plms'"),
         ({"scheduler": 3}, "scheduler must be text, got 3"),
         ({"negative_prompt": None}, "negative_prompt must be text, got None"),
         ({"negative_prompt": "a" * 1001}, "negative_prompt has 1001 characters, the limit is 1000"),

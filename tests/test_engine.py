@@ -232,7 +232,7 @@ def test_closing_stops_within_one_step_and_the_next_is_drawn(engine, ask, watche
     following.assert_its_own(steps)
 
 
-@pytest.mark.parametrize("scheduler", ["dpm++", "ddim", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["dpm++", "sde-dpm++", "ddim", "ddpm"])
 def test_a_request_leaves_its_batch_and_the_other_is_unchanged(engine, ask, watched, scheduler):
     settings = {"scheduler": scheduler, "num_inference_steps": 6}
     first, second = ask("dog", [4, 5], **settings), ask("cat", [6], **settings)

@@ -307,7 +307,7 @@ BAD_NUMBERS = [
     ({"seed": 10**400}, "seed must be between 0 and 4.29497e+09, got 1000"),
     ({"num_inference_steps": 10**9}, "num_inference_steps must be between 1 and 100"),
     ({"guidance_low": 0.8, "guidance_high": 0.2}, "guidance_low 0.8 must not exceed guidance_high 0.2"),
-    ({"scheduler": "magic"}, "scheduler must be one of auto, dpm++, ddim, ddpm, euler, got 'magic'"),
+    ({"scheduler": "magic"}, "scheduler must be one of auto, dpm++, sde-dpm++, ddim, ddpm, euler, got 'magic'"),
     ({"scheduler": "euler"}, "scheduler 'euler' does not suit this model"),
     ({"negative_prompt": "x" * 1001}, "The negative prompt has 1001 characters, the limit is 1000"),
     ({"negative_prompt": 3}, "The negative prompt must be text, got int"),

@@ -194,7 +194,7 @@ def test_a_recipe_that_could_not_be_read_back_is_not_written(tmp_path):
 def test_a_recipe_draws_its_own_picture_alone(pipeline, index):
     config = GenerationConfig(seed=5, num_images=3, num_tokens=4)
     built = build_recipe(pipeline, "<image> a dog", config, [DOG], index=index)
-    assert built.config == GenerationConfig(seed=5 + index, num_tokens=4, scheduler="ddpm")  # what "auto" meant
+    assert built.config == GenerationConfig(seed=5 + index, num_tokens=4, scheduler="sde-dpm++")  # what "auto" meant
     assert (built.prompt, built.model, built.images) == ("<image> a dog", "tiny", (DOG,))
     assert (built.fingerprint, built.dtype, built.device) == (pipeline.fingerprint, "float32", "cpu")
 

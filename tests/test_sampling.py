@@ -74,7 +74,7 @@ few = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scope
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm"])
+@pytest.mark.parametrize("name", ["dpm++", "sde-dpm++", "ddim", "ddpm"])
 @few
 @any_steps
 @example(steps=1)
@@ -88,7 +88,7 @@ def test_an_oracle_gives_the_picture_back_in_pixel_space(t2i, name, prediction_t
     torch.testing.assert_close(estimates[-1], clean.expand(2, -1, -1, -1), atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm", "euler"])
+@pytest.mark.parametrize("name", ["dpm++", "sde-dpm++", "ddim", "ddpm", "euler"])
 @few
 @any_steps
 @example(steps=1)
@@ -99,7 +99,7 @@ def test_an_oracle_gives_the_picture_back_in_latent_space(stable_diffusion, name
     torch.testing.assert_close(estimates[-1], clean.expand(2, -1, -1, -1), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm"])
+@pytest.mark.parametrize("name", ["dpm++", "sde-dpm++", "ddim", "ddpm"])
 @pytest.mark.parametrize("steps", [1, 2, 20, 61, 200])
 def test_sampling_starts_at_pure_noise(t2i, conditions, name, steps):
     timesteps = build_scheduler(name, t2i, steps).timesteps
@@ -110,18 +110,18 @@ def test_sampling_starts_at_pure_noise(t2i, conditions, name, steps):
 
 
 def test_a_scheduler_that_does_not_suit_is_refused(t2i):
-    message = r"scheduler 'euler' does not suit this model, which takes ddpm, dpm\+\+, ddim"
+    message = r"scheduler 'euler' does not suit this model, which takes sde-dpm\+\+, ddpm, dpm\+\+, ddim"
     with pytest.raises(ValueError, match=message):
         build_scheduler("euler", t2i, 4)
 
 
 def test_auto_is_the_best_for_the_model(t2i, stable_diffusion, conditions):
-    assert t2i.pick_scheduler("auto") == "ddpm" and stable_diffusion.pick_scheduler("auto") == "dpm++"
+    assert t2i.pick_scheduler("auto") == "sde-dpm++" and stable_diffusion.pick_scheduler("auto") == "dpm++"
     drawn = {
         name: sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
-        for name in ("auto", "ddpm", "dpm++")
+        for name in ("auto", "sde-dpm++", "dpm++")
     }
-    assert torch.equal(drawn["auto"], drawn["ddpm"])
+    assert torch.equal(drawn["auto"], drawn["sde-dpm++"])
     assert not torch.allclose(drawn["auto"], drawn["dpm++"], atol=0.01)
 
 
@@ -145,8 +145,9 @@ def test_ddpm_is_the_posterior_of_the_training_noise(t2i, conditions):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
 
 
-def test_fresh_noise_comes_from_each_pictures_own_seed(t2i, conditions):
-    config = GenerationConfig(num_inference_steps=4, scheduler="ddpm")
+@pytest.mark.parametrize("name", ["sde-dpm++", "ddpm"])
+def test_fresh_noise_comes_from_each_pictures_own_seed(t2i, conditions, name):
+    config = GenerationConfig(num_inference_steps=4, scheduler=name)
     both = sample(t2i, conditions, config, seeds=[8, 3])
     for i, seed in enumerate((8, 3)):
         torch.testing.assert_close(both[i : i + 1], sample(t2i, conditions, config, seeds=[seed]), atol=1e-4, rtol=0)
@@ -155,7 +156,7 @@ def test_fresh_noise_comes_from_each_pictures_own_seed(t2i, conditions):
 
 def test_what_leaves_the_range_is_clipped_in_pixel_space(t2i, conditions):
     t2i.denoise = oracle(t2i, torch.full((1, *t2i.latent_shape), 3.0))
-    for name in ("dpm++", "ddim", "ddpm"):
+    for name in ("dpm++", "sde-dpm++", "ddim", "ddpm"):
         latents = sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
         assert torch.equal(latents, torch.ones_like(latents))
 
@@ -258,7 +259,7 @@ def test_output_that_is_not_finite_is_reported(t2i, conditions, value):
         sample(t2i, conditions, GenerationConfig(num_inference_steps=3))
 
 
-@pytest.mark.parametrize("name", ["dpm++", "ddim", "ddpm", "euler"])
+@pytest.mark.parametrize("name", ["dpm++", "sde-dpm++", "ddim", "ddpm", "euler"])
 def test_pictures_that_leave_the_batch_do_not_change_the_others(stable_diffusion, name):
     t2i, config = stable_diffusion, GenerationConfig(num_inference_steps=6, scheduler=name)
     texts = [encode(t2i, text) for text in ("dog", "cat", "a red house")]

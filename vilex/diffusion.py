@@ -44,7 +44,7 @@ class EmbeddedModel(TextToImage):
 
     pipeline_class = "VilexTextToImage"
     # fresh noise at each step mends what a small model gets wrong; nothing clips Euler's method in pixel space
-    schedulers = ("ddpm", "dpm++", "ddim")
+    schedulers = ("sde-dpm++", "ddpm", "dpm++", "ddim")
 
     def __init__(
         self,

@@ -24,8 +24,11 @@ from vilex.flow import FlowModel
 from vilex.guidance import BranchWeights, branch_weights, guide, outside_interval
 
 OnStep = Callable[[int, int, Tensor], None]
-# DPM-Solver++ of first order is DDIM, and with fresh noise at each step it is DDPM's own sampler
-_SOLVERS = {"dpm++": ("dpmsolver++", 2), "ddim": ("dpmsolver++", 1), "ddpm": ("sde-dpmsolver++", 1)}
+# algorithm and order; DPM-Solver++ of first order is DDIM, and with fresh noise at each step it is DDPM's own sampler
+_SOLVERS = {
+    "dpm++": ("dpmsolver++", 2), "sde-dpm++": ("sde-dpmsolver++", 2), "ddim": ("dpmsolver++", 1),
+    "ddpm": ("sde-dpmsolver++", 1),
+}  # fmt: skip
 _LAMBDA_MIN = -5.1  # the cosine schedule's first steps have almost no signal: without it DPM-Solver++ explodes
 
 

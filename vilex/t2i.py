@@ -74,7 +74,8 @@ class TextToImage(nn.Module, ABC):
 
     pipeline_class: ClassVar[str]  # in model_index.json
     denoiser_name: ClassVar[str] = "unet"  # its folder
-    schedulers: ClassVar[tuple[str, ...]] = ("dpm++", "ddim", "ddpm", "euler")  # that suit it, the best first
+    # that suit it, the best first
+    schedulers: ClassVar[tuple[str, ...]] = ("dpm++", "sde-dpm++", "ddim", "ddpm", "euler")
 
     def __init__(
         self,
