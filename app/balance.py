@@ -16,7 +16,7 @@ from vilex.config import GenerationConfig, token_budgets, tokens_in_words
 from vilex.prompt import has_words
 
 TFG_SCALES = (0.0, 1.0, 3.0, 6.0)
-STEPS = 10  # thumbnails: enough to choose by
+MOST_STEPS = GenerationConfig.num_inference_steps  # of a thumbnail: enough to choose by
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Balance:
     def draw(self, prompt: str, embed: bool = False, **values: Any) -> Iterator[tuple]:
         """The prompt with its pictures over few to all tokens and text-free guidance 0 to 6, all from one noise.
 
-        Gives a gallery that fills row by row, and a status line. The settings of steps and TFG are not read.
+        Gives a gallery that fills row by row, and a status line. It takes no more steps than are usual; TFG is not read.
         """
         with in_words():
             pipeline, prompt, config = self.handlers.ready(), text_of(prompt), self._settings(values)
@@ -51,7 +51,7 @@ class Balance:
             conditions = side_by_side(pipeline, [[w.vilex_tokens for w in row] for row in rows], config, prompt, names)
             longest = max(len(word.vilex_tokens) for word in words)  # a code may hold few
             done: list[Image.Image | str] = []
-            clock, seeds = Clock(len(TFG_SCALES) * STEPS), [config.seed] * len(rows)
+            clock, seeds = Clock(len(TFG_SCALES) * config.num_inference_steps), [config.seed] * len(rows)
             for tfg_scale in TFG_SCALES:
                 scaled = replace(config, tfg_scale=tfg_scale)
                 for images, status in self.handlers.watch(conditions, scaled, seeds, clock, f"TFG {tfg_scale:g}"):
@@ -85,7 +85,8 @@ class Balance:
         return *[budget] * MAX_CARDS, tfg_scale, finished(f"Now at {caption(budget, tfg_scale)}.")
 
     def _settings(self, values: dict[str, Any]) -> GenerationConfig:
-        return replace(read_settings(values), num_inference_steps=STEPS)
+        config = read_settings(values)
+        return replace(config, num_inference_steps=min(config.num_inference_steps, MOST_STEPS))
 
     def _captioned(self, images: list[Image.Image | str], longest: int) -> list[tuple[Image.Image | str, str]]:
         cells = zip(images, self.cells, strict=False)
@@ -102,7 +103,7 @@ def build_balance(studio: Studio) -> None:
     tab = Balance(studio.handlers)
     gr.Markdown(
         "The prompt at few and many tokens (left to right) and with little and much weight on its words (top to "
-        "bottom), small and quick. Click the best one to take over both settings."
+        "bottom), small. Click the best one to take over both settings."
     )
     draw = gr.Button("Draw the map", variant="primary", elem_id="map")
     gallery = gr.Gallery(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from app.balance import STEPS, Balance
+from app.balance import MOST_STEPS, Balance
 from app.cards import pack
 from vilex.codes import VilexCode
 from vilex.config import GenerationConfig
@@ -41,7 +41,7 @@ def test_the_map_fills_row_by_row_and_ends_complete(tab, one):
         "75 tokens, TFG 0",
         "1 token, TFG 1",
     ]
-    assert "seed 5" in updates[-1][1] and any("step 11 of 40" in status for _, status in updates)
+    assert "seed 5" in updates[-1][1] and any("step 4 of 12" in status for _, status in updates)
 
 
 def test_a_code_of_few_tokens_is_not_said_to_have_more(tab, pipeline):
@@ -50,13 +50,14 @@ def test_a_code_of_few_tokens_is_not_said_to_have_more(tab, pipeline):
     assert captions[:4] == ["1 token, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0", "2 tokens, TFG 0"]
 
 
-@pytest.mark.parametrize("words_scale", [0.0, 2.0])
-def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture, words_scale):
+@pytest.mark.parametrize(("words_scale", "asked", "drawn_in"), [(0.0, 3, 3), (2.0, 50, MOST_STEPS)])
+def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture, words_scale, asked, drawn_in):
+    one |= {"num_inference_steps": asked}
     gallery = list(tab.draw(**PROMPT | one, words_scale=words_scale))[-1][0]
     for place in (1, 10, 15):
         num_tokens, tfg_scale = tab.cells[place]
         scales = {"tfg_scale": tfg_scale, "words_scale": words_scale}
-        config = GenerationConfig(seed=5, num_inference_steps=STEPS, num_tokens=num_tokens, **scales)
+        config = GenerationConfig(seed=5, num_inference_steps=drawn_in, num_tokens=num_tokens, **scales)
         drawn = tab.handlers.pipeline.generate(PROMPT["prompt"], [picture], config, names=["A"]).images[0]
         path = gallery[place][0]
         pairs = zip(Image.open(path).tobytes(), drawn.tobytes(), strict=True)
