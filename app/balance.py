@@ -38,7 +38,7 @@ class Balance:
     def draw(self, prompt: str, embed: bool = False, **values: Any) -> Iterator[tuple]:
         """The prompt with its pictures over few to all tokens and text-free guidance 0 to 6, all from one noise.
 
-        Gives a gallery that fills row by row, and a status line. It takes no more steps than are usual; TFG is not read.
+        Gives a gallery that fills row by row, and a status line. No more steps are taken than usual.
         """
         with in_words():
             pipeline, prompt, config = self.handlers.ready(), text_of(prompt), self._settings(values)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 from train.arms import DEFAULT_ARMS, WORDS_GUIDANCE, arm_configs, draw_arm, parse_arms, require_arms
 from train.data import load_pictures
 from train.judge import Judge
-from train.report import LoadPipeline, measuring_options, provenance, save_report, save_sheet
+from train.report import LoadPipeline, measuring_options, provenance, save_report, save_sheet, scheduler_option
 from train.run import usage_errors
 from train.sweep import SWEPT, load_best
 from vilex.config import GenerationConfig
@@ -77,8 +77,9 @@ def save_figure(metrics: Mapping[str, Mapping[str, float]], path: Path) -> None:
 @click.option(
     "--sweep",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A sweep.json: each arm's own best guidance and steps, in place of the three above.",
+    help="A sweep.json: its scheduler and each arm's own best guidance and steps, in place of those options.",
 )
+@scheduler_option
 @click.option("--taught", is_flag=True, help="EfficientNet-lite2 has taught these weights, so it does not judge them.")
 @click.option("--arms", default=",".join(DEFAULT_ARMS), show_default=True)
 @click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Folder of samples, to go on from.")
@@ -93,6 +94,7 @@ def main(
     guidance: float | None,
     text_guidance: float | None,
     sweep: Path | None,
+    scheduler: str,
     taught: bool,
     arms: str,
     keep: Path | None,
@@ -102,11 +104,12 @@ def main(
     """Measure a model on held-out pictures and write metrics.json, metrics.png and samples.png."""
     with usage_errors():
         names = parse_arms(arms)
-        given = {"num_inference_steps": steps, "guidance_scale": guidance}
+        given = {"num_inference_steps": steps, "guidance_scale": guidance, "scheduler": scheduler}
         config = GenerationConfig(**{key: value for key, value in given.items() if value is not None})
         configs = arm_configs(names, config, WORDS_GUIDANCE if text_guidance is None else text_guidance)
-        if sweep and (steps, guidance, text_guidance) != (None, None, None):
-            raise ValueError("--sweep says at what guidance and steps to draw: leave the other options out")
+        told = (steps, guidance, text_guidance, scheduler) != (None, None, None, GenerationConfig.scheduler)
+        if sweep and told:
+            raise ValueError("--sweep says how to draw, scheduler included: leave the other options out")
         pipeline = load()
         configs = best_configs(names, sweep, pipeline.fingerprint) if sweep else configs
         require_arms(pipeline, names)
@@ -120,7 +123,7 @@ def main(
     report = {
         **provenance(pipeline, (*data, *gallery)),
         "pictures": len(pictures),
-        "scheduler": pipeline.t2i.pick_scheduler(GenerationConfig.scheduler),
+        "scheduler": pipeline.t2i.pick_scheduler(configs[names[0]].scheduler),
         "seed": GenerationConfig.seed,
         "settings": {name: {key: getattr(config, key) for key in SWEPT} for name, config in configs.items()},
         "measures": [net.label("FD") for net in judge.nets] + ["LPIPS v0.1, AlexNet"],

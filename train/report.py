@@ -12,7 +12,7 @@ from torch import Tensor
 from train.data import sha256
 from train.run import start
 from train.sources import expand
-from vilex.config import Range, check_range
+from vilex.config import SCHEDULERS, GenerationConfig, Range, check_range
 from vilex.images import contact_sheet, from_levels, to_images
 from vilex.pipeline import VilexPipeline
 from vilex.recipe import environment
@@ -49,6 +49,9 @@ _OPTIONS = (
     click.option("--dtype", help="float32, bfloat16, float16."),
     click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch."),
     click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder to write to."),
+)
+scheduler_option = click.option(
+    "--scheduler", type=click.Choice(SCHEDULERS), default=GenerationConfig.scheduler, show_default=True
 )
 
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 from train.arms import DEFAULT_ARMS, draw_arm, parse_arms, require_arms
 from train.data import load_pictures
 from train.judge import Judge
-from train.report import LoadPipeline, Numbers, measuring_options, provenance, save_report
+from train.report import LoadPipeline, Numbers, measuring_options, provenance, save_report, scheduler_option
 from train.run import usage_errors
 from vilex.config import GenerationConfig
 
@@ -45,8 +45,9 @@ def load_best(path: Path, fingerprint: str) -> dict[str, GenerationConfig]:
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        swept, best = report["fingerprint"], report["best"]
-        configs = {arm: GenerationConfig(**{key: best[arm][key] for key in SWEPT}) for arm in best}
+        swept, best, scheduler = report["fingerprint"], report["best"], report["scheduler"]
+        settings = {arm: {key: best[arm][key] for key in SWEPT} for arm in best}
+        configs = {arm: GenerationConfig(scheduler=scheduler, **settings[arm]) for arm in best}
     except (KeyError, AttributeError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a sweep.json: it has no best settings") from error
     if swept != fingerprint:
@@ -86,6 +87,7 @@ def group_rows(rows: Sequence[dict], keys: Sequence[str]) -> dict[str, list[dict
 @click.option("--guidance", type=Numbers(0, 20), default="1,1.5,2,3,5", show_default=True, help="guidance_scale.")
 @click.option("--low", type=Numbers(0, 1), default="0", show_default=True, help="Values of guidance_low.")
 @click.option("--steps", type=Numbers(1, 100, whole=True), default="20", show_default=True, help="Denoising steps.")
+@scheduler_option
 @click.option("--arms", default=",".join(DEFAULT_ARMS), show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True)
 def main(
@@ -95,6 +97,7 @@ def main(
     guidance: list[float],
     low: list[float],
     steps: list[int],
+    scheduler: str,
     arms: str,
     batch_size: int,
     out: Path,
@@ -103,7 +106,7 @@ def main(
     with usage_errors():
         names = parse_arms(arms)
         grid = product(guidance, low, steps)
-        configs = [GenerationConfig(**dict(zip(SWEPT, values, strict=True))) for values in grid]
+        configs = [GenerationConfig(scheduler=scheduler, **dict(zip(SWEPT, values, strict=True))) for values in grid]
         pipeline = load()
         require_arms(pipeline, names)
         pictures = load_pictures(list(data), image_size=pipeline.t2i.image_size, limit=limit)
@@ -116,7 +119,7 @@ def main(
         settings = {key: getattr(config, key) for key in SWEPT}
         rows.append({"arm": name} | settings | judge.measure(samples) | {"seconds_per_picture": seconds})
         log.info("%s %s: %s %.2f, LPIPS %.3f", name, settings, JUDGED_BY, rows[-1][JUDGED_BY], rows[-1]["lpips"])
-    shared = {"scheduler": pipeline.t2i.pick_scheduler(GenerationConfig.scheduler), "seed": GenerationConfig.seed}
+    shared = {"scheduler": pipeline.t2i.pick_scheduler(scheduler), "seed": GenerationConfig.seed}
     report = provenance(pipeline, data) | shared | {"pictures": len(pictures), "best": best_rows(rows), "rows": rows}
     save_report(out / "sweep.json", report)
     save_figure(rows, out / "sweep.png")

@@ -119,10 +119,12 @@ def test_kept_samples_are_drawn_once_and_belong_to_their_settings(folder, pipeli
 def test_each_arm_is_drawn_at_its_best_of_a_sweep(folder, stand_ins, pipeline, monkeypatch):
     shared = {"guidance_low": 0.5, "num_inference_steps": 1}
     best = {"1": {"guidance_scale": 1.5} | shared, "4": {"guidance_scale": 2.5} | shared}
-    (folder / "sweep.json").write_text(json.dumps({"fingerprint": pipeline.fingerprint, "best": best}))
+    found = {"fingerprint": pipeline.fingerprint, "scheduler": "ddim", "best": best}
+    (folder / "sweep.json").write_text(json.dumps(found))
     used, draw_arm = {}, evaluate.draw_arm
 
     def spied(pipeline, pictures, arm, config, *more):
+        assert config.scheduler == "ddim"
         used[arm] = {key: getattr(config, key) for key in best[arm]}
         return draw_arm(pipeline, pictures, arm, config, *more)
 
@@ -130,12 +132,14 @@ def test_each_arm_is_drawn_at_its_best_of_a_sweep(folder, stand_ins, pipeline, m
     arguments = ["--data", str(folder), "--out", str(folder / "out"), "--arms", "1,4"]
     result = CliRunner().invoke(evaluate.main, [*arguments, "--sweep", str(folder / "sweep.json")])
     assert result.exit_code == 0, result.output
-    assert json.loads((folder / "out" / "metrics.json").read_text())["settings"] == used == best
+    report = json.loads((folder / "out" / "metrics.json").read_text())
+    assert report["settings"] == used == best and report["scheduler"] == "ddim"
 
 
-def test_settings_beside_a_sweep_are_refused(folder, stand_ins):
+@pytest.mark.parametrize("told", [("--guidance", "2"), ("--scheduler", "ddpm")])
+def test_settings_beside_a_sweep_are_refused(folder, stand_ins, told):
     (folder / "sweep.json").write_text("{}")
-    result = run(folder, "--arms", "1", "--sweep", str(folder / "sweep.json"), "--guidance", "2")
+    result = run(folder, "--arms", "1", "--sweep", str(folder / "sweep.json"), *told)
     assert result.exit_code == 2
     assert "leave the other options out" in " ".join(result.output.split())
 
@@ -164,7 +168,8 @@ def test_a_single_picture_is_refused(folder):
      ({"best": {"1": BEST}, "fingerprint": "other"}, "was made with other weights (other)")],
 )  # fmt: skip
 def test_a_bad_sweep_is_one_sentence(folder, stand_ins, pipeline, content, message):
-    content = {"fingerprint": pipeline.fingerprint} | content if isinstance(content, dict) else content
+    usual = {"fingerprint": pipeline.fingerprint, "scheduler": "auto"}
+    content = usual | content if isinstance(content, dict) else content
     (folder / "sweep.json").write_text(json.dumps(content))
     arguments = ["--data", str(folder), "--out", str(folder / "out"), "--arms", "1,4"]
     result = CliRunner().invoke(evaluate.main, [*arguments, "--sweep", str(folder / "sweep.json")])

@@ -15,7 +15,7 @@ def run(folder, *extra):
 
 
 def test_all_combinations_are_measured_and_the_best_kept(folder, stand_ins):
-    result = run(folder, "--guidance", "1,3", "--low", "0,0.5")
+    result = run(folder, "--guidance", "1,3", "--low", "0,0.5", "--scheduler", "ddim")
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "out" / "sweep.json").read_text())
     rows = report["rows"]
@@ -25,10 +25,12 @@ def test_all_combinations_are_measured_and_the_best_kept(folder, stand_ins):
         best = min(own, key=lambda row: row["fd_vgg"])
         assert report["best"][arm] == {key: best[key] for key in sweep.SWEPT}
         assert max(row["fd_vgg"] for row in own) > best["fd_vgg"]  # the settings matter
+    assert report["scheduler"] == "ddim"
     loaded = sweep.load_best(folder / "out" / "sweep.json", report["fingerprint"])
     assert {arm: config.guidance_scale for arm, config in loaded.items()} == {
         arm: settings["guidance_scale"] for arm, settings in report["best"].items()
     }
+    assert {config.scheduler for config in loaded.values()} == {"ddim"}
     with Image.open(folder / "out" / "sweep.png") as figure:
         assert figure.width > figure.height
 
