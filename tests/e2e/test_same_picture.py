@@ -19,7 +19,6 @@ from vilex.cli import main
 PROMPT = "<image>, in the style of Claude Monet"
 SETTINGS = {"seed": 11, "num_inference_steps": 20, "tfg_scale": 2, "view": "raw", "prompt": PROMPT, "num_tokens": 16}
 FLAGS = ("--steps", "20", "--raw", "--tokens", "16", "--tfg", "2", "--prompt", PROMPT)
-
 ALIKE = 2  # levels of 255: in half precision a picture alone is rounded otherwise than in a batch
 
 
