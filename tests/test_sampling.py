@@ -119,10 +119,11 @@ def test_auto_is_the_best_for_the_model(t2i, stable_diffusion, conditions):
     assert t2i.pick_scheduler("auto") == "sde-dpm++" and stable_diffusion.pick_scheduler("auto") == "dpm++"
     drawn = {
         name: sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
-        for name in ("auto", "sde-dpm++", "dpm++")
+        for name in ("auto", "sde-dpm++", "ddpm", "dpm++")
     }
     assert torch.equal(drawn["auto"], drawn["sde-dpm++"])
-    assert not torch.allclose(drawn["auto"], drawn["dpm++"], atol=0.01)
+    for other in ("ddpm", "dpm++"):
+        assert not torch.allclose(drawn["auto"], drawn[other], atol=0.01)
 
 
 def test_ddpm_is_the_posterior_of_the_training_noise(t2i, conditions):

@@ -4,11 +4,11 @@ import filecmp
 import logging
 import os
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -132,16 +132,14 @@ def open_desk(engine: Engine, output: Output) -> Desk:
 
 def place(path: Path, write: Callable[[Path], None]) -> Path:
     """Has a file written, and gives its path: the next with -2, -3 ... where files with other contents lie."""
-    fresh = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
+    with TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        fresh = Path(folder, path.name)
         write(fresh)
         free, count = path, 1
         while free.exists() and not filecmp.cmp(fresh, free, shallow=False):
             count += 1
             free = path.with_stem(f"{path.stem}-{count}")
         os.replace(fresh, free)
-    finally:
-        fresh.unlink(missing_ok=True)
     return free
 
 

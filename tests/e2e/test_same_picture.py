@@ -17,9 +17,12 @@ from tests.e2e.test_app import CACTUS
 from vilex.cli import main
 
 PROMPT = "<image>, in the style of Claude Monet"
-SETTINGS = {"seed": 11, "num_inference_steps": 20, "tfg_scale": 2, "view": "raw", "prompt": PROMPT, "num_tokens": 16}
+# DDPM: in bfloat16 a picture alone and in a batch come 1.2 levels apart by sde-dpm++, which fp32 tests elsewhere
+SETTINGS = {
+    "seed": 11, "num_inference_steps": 20, "tfg_scale": 2, "view": "raw", "prompt": PROMPT, "num_tokens": 16,
+    "scheduler": "ddpm",
+}  # fmt: skip
 FLAGS = ("--steps", "20", "--raw", "--tokens", "16", "--tfg", "2", "--prompt", PROMPT)
-ALIKE = 2  # levels of 255: in half precision a picture alone is rounded otherwise than in a batch
 
 
 def levels(path: Path | str) -> np.ndarray:
@@ -53,10 +56,11 @@ def test_a_request_repeated_is_equal_and_a_picture_alone_is_alike(server: Server
     again = draw(server, num_images=2)
     assert [levels(path).tolist() for path in again] == [levels(path).tolist() for path in drawn]
     [alone] = draw(server, num_images=1, seed=12)
-    assert apart(alone, drawn[1]) <= ALIKE < apart(alone, drawn[0])
+    assert apart(alone, drawn[1]) <= 1 < apart(alone, drawn[0])
 
 
-def test_the_command_line_draws_what_the_app_draws(drawn: list[str], tmp_path: Path) -> None:
+def test_the_command_line_draws_what_the_app_draws(server: Server, tmp_path: Path) -> None:
+    drawn = draw(server, num_images=2, scheduler="auto")
     run("mix", CACTUS, *FLAGS, "--seed", "11", "--count", "2", "--out", tmp_path)
     for ours, theirs in zip(sorted(tmp_path.glob("*.png")), drawn, strict=True):
         assert apart(ours, theirs) <= 1
@@ -65,6 +69,6 @@ def test_the_command_line_draws_what_the_app_draws(drawn: list[str], tmp_path: P
 def test_a_png_is_drawn_again_from_its_photo_and_from_its_tokens(drawn: list[str], tmp_path: Path) -> None:
     run("redo", drawn[1], "--photo", CACTUS, "--raw", "--out", tmp_path / "photo")
     run("redo", drawn[1], "--raw", "--out", tmp_path / "tokens")
-    for folder, bound in (("photo", ALIKE), ("tokens", ALIKE + 1)):  # tokens in a PNG are rounded to one byte a number
+    for folder, bound in (("photo", 1), ("tokens", 3)):  # tokens in a PNG are rounded to one byte a number
         [again] = (tmp_path / folder).glob("*.png")
         assert apart(again, drawn[1]) <= bound < apart(again, drawn[0])
