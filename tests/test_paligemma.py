@@ -15,7 +15,7 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 
 from train import finetune_paligemma
 from train.data import load_pictures
-from train.finetune_paligemma import Finetuning, Questions, build_accelerator
+from train.finetune_paligemma import Finetuning, Questions
 from train.paligemma import (
     VilexTower,
     add_dropout,
@@ -28,6 +28,7 @@ from train.paligemma import (
     swap_tower,
 )
 from train.presets import PRESETS
+from train.run import build_accelerator
 from train.train_vilex import build_model
 from train.transfer import TASKS, FinetuneConfig
 from vilex.config import EncoderConfig
@@ -217,7 +218,7 @@ def questions(vilex, tmp_path) -> Questions:
 def finetuning(vilex, questions: Questions, accumulate: int = 1, **settings: float) -> Finetuning:
     reset_accelerate()
     config = FinetuneConfig(**{"batch_size": 4, "learning_rate": 1e-2, "epochs": 20} | settings)
-    return Finetuning(with_tower(vilex), config, questions, build_accelerator(config, accumulate, fp32=True))
+    return Finetuning(with_tower(vilex), config, questions, build_accelerator(config.batch_size, accumulate, fp32=True))
 
 
 def test_a_step_moves_all_but_the_tower(vilex, questions):

@@ -11,8 +11,10 @@ import training
 from accelerate.commands.config import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from both_ways import write_inputs
+from training import reset_accelerate
 
 from train import train_t2i
+from train.run import build_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "train" / "configs"
@@ -33,6 +35,16 @@ def test_accelerate_loads_the_configuration(name):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines, config.distributed_type.value) == EXPECTED[name]
     assert config.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("has, precision", [({"avx512_bf16": True}, "bf16"), ({}, "no")])
+def test_trainers_leave_bf16_alone_where_it_is_slow(monkeypatch, has, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    reset_accelerate()
+    assert build_accelerator(4, 1, fp32=False).mixed_precision == precision
+    reset_accelerate()
+    assert build_accelerator(4, 1, fp32=True).mixed_precision == "no"
 
 
 def test_the_launcher_splits_by_the_second_fsdp():

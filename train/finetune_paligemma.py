@@ -33,7 +33,7 @@ from train.paligemma import (
     read_base,
     save_paligemma,
 )
-from train.run import require_even_shares, start, usage_errors
+from train.run import build_accelerator, start, usage_errors
 from train.sources import require_apart
 from train.state import step_generator
 from train.transfer import TASKS, FinetuneConfig
@@ -161,17 +161,6 @@ def finetune(run: Finetuning, held_out: Questions, out: Path, about: Mapping[str
     run.accelerator.free_memory()  # it holds on to the model otherwise, and the next setting brings its own
 
 
-def build_accelerator(config: FinetuneConfig, accumulate: int, fp32: bool) -> Accelerator:
-    """Raises ValueError when a step's pictures cannot be shared out evenly."""
-    accelerator = Accelerator(
-        mixed_precision="no" if fp32 else "bf16",
-        gradient_accumulation_steps=accumulate,
-        cpu=not torch.cuda.is_available(),
-    )
-    require_even_shares(config.batch_size, accelerator)
-    return accelerator
-
-
 def choose(settings: Sequence[FinetuneConfig], setting: int | None) -> dict[int, FinetuneConfig]:
     """The grid by number, or one setting of it. Raises ValueError when there is no such number."""
     numbered = dict(enumerate(settings))
@@ -195,7 +184,7 @@ def choose(settings: Sequence[FinetuneConfig], setting: int | None) -> dict[int,
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches per step.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
-@click.option("--fp32", is_flag=True, help="No bf16 autocast.")
+@click.option("--fp32", is_flag=True, help="No bf16 autocast, which is off anyway where it is slow.")
 @click.option("--dry-run", is_flag=True, help="List the task's settings, then stop.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -222,7 +211,7 @@ def main(
         if dry_run:
             click.echo("\n".join(f"{i:02d} {json.dumps(config.to_dict())}" for i, config in chosen.items()))
             return
-        accelerator = build_accelerator(chosen[min(chosen)], accumulate, fp32)
+        accelerator = build_accelerator(chosen[min(chosen)].batch_size, accumulate, fp32)
         weights = Path(find_weights(model))
         tower, (tokenizer, base) = VilexTower(load_vilex(weights), tokens), read_base(paligemma)
         require_apart(data, validation)

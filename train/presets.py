@@ -161,7 +161,7 @@ PRESETS = {
     ),
     "mini": Preset(
         unet=UNetConfig(widths=(96, 160, 224), attention=(False, True, True), pixel_unshuffle=2, layers_per_block=2),
-        encoder=EncoderConfig(width=256, layers=8, heads=8, patch_size=8),
+        encoder=EncoderConfig(width=256, layers=6, heads=8, patch_size=8),
         pooler=PoolerConfig(num_blocks=5, width=256, heads=8, patch_width=256),
         t2i=TrainConfig(
             batch_size=256,
@@ -176,13 +176,13 @@ PRESETS = {
             log_every=50,
         ),
         vilex=TrainConfig(
-            batch_size=256,
+            batch_size=512,
             timestep_shift=3.0,
-            max_steps=20_000,
-            learning_rate=8e-4,
-            encoder_learning_rate=3e-4,
-            warmup_steps=100,
-            sample_every=5000,
+            max_steps=6000,
+            learning_rate=1e-3,
+            encoder_learning_rate=4e-4,
+            warmup_steps=200,
+            sample_every=2000,
             save_every=1000,
             log_every=50,
         ),

@@ -24,6 +24,7 @@ from train.shards import ShardBatches, ShardLoader, Shards, Write, load_shards
 from train.sources import require_apart
 from train.state import TrainState, count_flops, parameter_count, step_generator, train
 from vilex.codes import fingerprint
+from vilex.devices import has_bf16
 from vilex.diffusion import TextToImage
 from vilex.loss import Noise, draw_noise
 
@@ -90,7 +91,7 @@ _OPTIONS = (
         "--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Micro-batches per step."
     ),
     click.option("--compile", "compiled", is_flag=True, help="torch.compile the denoiser."),
-    click.option("--fp32", is_flag=True, help="No bf16 autocast."),
+    click.option("--fp32", is_flag=True, help="No bf16 autocast, which is off anyway where it is slow."),
     click.option(
         "--checkpoint-gradients", is_flag=True, help="Less memory: compute the frozen networks' states twice."
     ),
@@ -123,13 +124,23 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
 
 
-def require_even_shares(batch_size: int, accelerator: Accelerator) -> None:
-    """Raises ValueError unless a step's pictures can be shared out evenly among processes and micro-batches."""
-    accumulate, processes = accelerator.gradient_accumulation_steps, accelerator.num_processes
+def build_accelerator(batch_size: int, accumulate: int, fp32: bool) -> Accelerator:
+    """On a GPU if there is one; in bf16 unless fp32 is asked for or the device is slow in bf16.
+
+    Raises ValueError when a step's pictures cannot be shared out evenly among processes and micro-batches.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = Accelerator(
+        mixed_precision="no" if fp32 or not has_bf16(device) else "bf16",
+        gradient_accumulation_steps=accumulate,
+        cpu=device.type == "cpu",
+    )
+    processes = accelerator.num_processes
     if batch_size % (accumulate * processes):
         raise ValueError(
             f"batch_size {batch_size} is not a multiple of accumulate x processes ({accumulate} x {processes})"
         )
+    return accelerator
 
 
 def override(config: TrainConfig, overrides: dict[str, float | None], minutes: float | None = None) -> TrainConfig:
@@ -189,12 +200,7 @@ class TrainingRun(ABC):
         options: RunOptions,
     ) -> None:
         self.config, self.options = config, options
-        self.accelerator = Accelerator(
-            mixed_precision="no" if options.fp32 else "bf16",
-            gradient_accumulation_steps=options.accumulate,
-            cpu=not torch.cuda.is_available(),
-        )
-        require_even_shares(config.batch_size, self.accelerator)
+        self.accelerator = build_accelerator(config.batch_size, options.accumulate, options.fp32)
         self.device = self.accelerator.device
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
         if options.checkpoint_gradients:
