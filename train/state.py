@@ -218,7 +218,8 @@ def train(
         state.config = replace(config, max_steps=2 * state.global_step or config.max_steps)
     pace: float | None = None  # pictures per second, smoothed, lest the learning rate jump with the machine's moods
     state.open_log()
-    if state.global_step == 0:
+    first = state.global_step
+    if first == 0:
         _sample(state, on_sample)
         meter.restart()
     with _progress(state) as bar:
@@ -232,6 +233,8 @@ def train(
                     pace = speed if pace is None else 0.8 * pace + 0.2 * speed
                     bar.total = _fit_steps(state, ends - time.perf_counter(), pace)
                 meter.restart()
+            elif state.global_step == first + 1:
+                meter.restart()  # the first step compiles, which says nothing about the speed of the others
             if state.due(config.sample_every):
                 _sample(state, on_sample)
                 meter.restart()
