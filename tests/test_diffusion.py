@@ -174,9 +174,12 @@ def test_padding_does_not_reach_the_prediction(t2i):
     noisy, short = torch.randn(1, *t2i.latent_shape), condition(t2i, "a red dog")
     changed = short.prompt_embeds.masked_fill(~short.mask[..., None], 7.0)
     same = Conditioning(changed, short.pooled, short.mask)
+    trimmed = short.trimmed()
+    assert trimmed.prompt_embeds.shape[1] == trimmed.mask.shape[1] == 8 < LENGTH
     with torch.no_grad():
-        a, b = (t2i.denoise(noisy, torch.tensor([400]), c) for c in (short, same))
-    torch.testing.assert_close(a, b)
+        a, *others = (t2i.denoise(noisy, torch.tensor([400]), c) for c in (short, same, trimmed))
+    for other in others:
+        torch.testing.assert_close(a, other)
 
 
 def test_every_cell_and_every_place_in_a_prompt_has_numbers_of_its_own():
@@ -219,7 +222,7 @@ def test_words_alone_wait_for_another_threads_vectors(t2i):
     assert torch.equal(result[0], expected)
 
 
-def test_conditions_expand_join_and_move():
+def test_conditions_expand_join_trim_and_move():
     one = Conditioning(torch.rand(1, 4, 3), torch.rand(1, 3), torch.tensor([[True, True, False, False]]))
     both = Conditioning.concatenate([one, one.expand(2)])
     assert both.prompt_embeds.shape == (3, 4, 3)
@@ -228,3 +231,4 @@ def test_conditions_expand_join_and_move():
     assert (moved.prompt_embeds.dtype, moved.pooled.dtype, moved.mask.dtype) == (torch.bfloat16,) * 2 + (torch.bool,)
     bare = Conditioning(torch.rand(1, 4, 3)).expand(2)
     assert bare.pooled is None and bare.mask is None
+    assert bare.trimmed() is bare  # its padding is read

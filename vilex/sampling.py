@@ -250,7 +250,8 @@ def _keep_history(scheduler: SchedulerMixin, rows: Tensor) -> None:
 
 
 def _batch(conditions: Conditions, needed: tuple[str, ...], like: Tensor) -> Conditioning:
-    return Conditioning.concatenate([getattr(conditions, name) for name in needed]).to(like.device, like.dtype)
+    batch = Conditioning.concatenate([getattr(conditions, name) for name in needed])
+    return batch.trimmed().to(like.device, like.dtype)
 
 
 def _predict(

@@ -50,6 +50,13 @@ class Conditioning:
         more = length - self.prompt_embeds.shape[1]
         return replace(self, prompt_embeds=F.pad(self.prompt_embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
+    def trimmed(self) -> Self:
+        """Without the positions that no row needs, up to a multiple of 8; padding without a mask is read, and stays."""
+        if self.mask is None:
+            return self
+        length = -(-int(self.mask.sum(1).max()) // 8) * 8
+        return replace(self, prompt_embeds=self.prompt_embeds[:, :length], mask=self.mask[:, :length])
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
         """Moved or cast; the mask stays boolean."""
         moved = {k: v.to(device) if k == "mask" else v.to(device, dtype) for k, v in self._tensors().items()}
