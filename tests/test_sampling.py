@@ -278,6 +278,23 @@ def test_pictures_that_leave_the_batch_do_not_change_the_others(stable_diffusion
     assert (to_levels(t2i, last.latents) - to_levels(t2i, alone)).abs().max() <= 2
 
 
+def test_the_denoiser_reads_no_more_padding_than_the_longest_prompt_needs(t2i, conditions, monkeypatch):
+    lengths, denoise = set(), t2i.denoise
+
+    def noted(noisy_latents: Tensor, timesteps: Tensor, condition: Conditioning) -> Tensor:
+        lengths.add(condition.prompt_embeds.shape[1])
+        return denoise(noisy_latents, timesteps, condition)
+
+    t2i.denoise = noted
+    config = GenerationConfig(num_inference_steps=3, tfg_scale=2)
+    trimmed = sample(t2i, conditions, config)
+    assert lengths == {16}  # the longest of them takes 9
+    monkeypatch.setattr(Conditioning, "trimmed", lambda condition: condition)
+    whole = sample(t2i, conditions, config)
+    assert lengths == {16, t2i.config.context_length} and t2i.config.context_length > 16
+    torch.testing.assert_close(trimmed, whole, atol=1e-4, rtol=0)
+
+
 def test_conditions_for_another_number_of_pictures_are_refused(t2i, conditions):
     both = Conditions(conditions.uncond, Conditioning.concatenate([conditions.image] * 2))
     with pytest.raises(ValueError, match="conditions for 2 pictures cannot serve 3"):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data import Pictures, background_colours, batch_indices
 from train.presets import TrainConfig
 from train.state import step_generator
-from vilex.prompt import ComposedPrompt
+from vilex.prompt import ComposedPrompt, round_up
 
 _CHUNK = 16_384  # texts tokenised together: lists take many times the room of the table
 
@@ -36,7 +36,7 @@ class CaptionTable:
         """Ids int64 (B,L) and mask bool (B,L); with trim, L is the longest row's length rounded up to 8."""
         ids, lengths = self.ids[indices, variant].long(), self.lengths[indices, variant].long()
         if trim:
-            ids = ids[:, : -(-int(lengths.max()) // 8) * 8]
+            ids = ids[:, : round_up(int(lengths.max()))]
         return ids, torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
 
     def by_length(self, indices: Tensor, variant: Tensor, groups: int) -> tuple[Tensor, ...]:

@@ -6,7 +6,6 @@ from diffusers import UNet2DConditionModel
 
 from vilex.config import DEFAULT_TOKENS, Config, EncoderConfig, PoolerConfig, setting
 
-OPTIMIZERS = ("adafactor", "adamw")  # of train_vilex; train_t2i takes AdamW
 PREDICTION_TYPES = ("v_prediction", "epsilon", "sample")  # diffusers' names; "sample" is x0
 
 
@@ -67,17 +66,11 @@ class TrainConfig(Config):
     noise_draws: int = setting(1, 1, 64, "noises per picture and step; its prompt is encoded once")
     empty_fraction: float = setting(0.1, 0, 1, "train_t2i: captions left empty, for guidance")
     joint_fraction: float = setting(0.5, 0, 1, "train_vilex: batches with words beside the image")
-    optimizer: str = "adafactor"  # train_vilex
     tail_drop: bool = True  # train_vilex: a random number of tokens per step, else always all
     seed: int = setting(0, 0, 2**32 - 1)
     sample_every: int = setting(500, 1, 1_000_000, "steps between sample grids")
     save_every: int = setting(500, 1, 1_000_000, "steps between checkpoints")
     log_every: int = setting(20, 1, 100_000, "steps between lines of metrics.jsonl")
-
-    def rules(self) -> list[str]:
-        if self.optimizer in OPTIMIZERS:
-            return []
-        return [f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"]
 
 
 @dataclass(frozen=True)

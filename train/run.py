@@ -143,9 +143,7 @@ def build_accelerator(batch_size: int, accumulate: int, fp32: bool) -> Accelerat
     return accelerator
 
 
-def override(
-    config: TrainConfig, overrides: dict[str, float | str | None], minutes: float | None = None
-) -> TrainConfig:
+def override(config: TrainConfig, overrides: dict[str, float | None], minutes: float | None = None) -> TrainConfig:
     """The preset's settings with those given on the command line.
 
     Raises ValueError when one is out of range, or when both minutes and max_steps say where to end.
@@ -237,7 +235,7 @@ class TrainingRun(ABC):
         shown = copy.deepcopy(module).cpu() if self.split else None
         self.module = module if shown is None else shown
         self.model, optimizer = self.accelerator.prepare(module if model is None else model, optimizer)
-        if self.split and self.config.optimizer == "adafactor":
+        if self.split:
             start_adafactor(optimizer)
         inputs = {"data": self.pictures.fingerprint(), frozen[0]: fingerprint(frozen[1])}
         self.state = TrainState(self.options.out, self.accelerator, module, optimizer, self.config, inputs, shown)
@@ -305,6 +303,7 @@ class TrainingRun(ABC):
         self.model.zero_grad()
         config, parameters = self.config, parameter_count(self.module)
         self._report_data()
+        log.info("on %s, mixed precision: %s", self.device, self.accelerator.mixed_precision)
         log.info(
             "%.2fM trained parameters; with gradients, optimiser and EMA up to %.2f GB",
             parameters / 1e6,

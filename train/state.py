@@ -187,16 +187,20 @@ class _Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.since, self.started = self.state.global_step, time.perf_counter()
-        self.total = torch.zeros((), device=self.state.accelerator.device)
+        self.since, self.total = self.state.global_step, torch.zeros((), device=self.state.accelerator.device)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the steps so far out of the speed, but not out of the loss."""
+        self.timed_since, self.started = self.state.global_step, time.perf_counter()
 
     def read(self) -> tuple[float, float]:
         """Mean loss over all processes, and pictures per second. Raises FloatingPointError unless it is finite."""
-        steps = self.state.global_step - self.since
+        steps, timed = (self.state.global_step - first for first in (self.since, self.timed_since))
         loss = self.state.accelerator.reduce(self.total / steps, "mean").item()  # waits for the device
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.state.global_step}; lower the learning rate")
-        return loss, steps * self.state.config.batch_size / (time.perf_counter() - self.started)
+        return loss, timed * self.state.config.batch_size / (time.perf_counter() - self.started)
 
 
 def train(
@@ -234,7 +238,7 @@ def train(
                     bar.total = _fit_steps(state, ends - time.perf_counter(), pace)
                 meter.restart()
             elif state.global_step == first + 1:
-                meter.restart()  # the first step compiles, which says nothing about the speed of the others
+                meter.restart_clock()  # the first step compiles, which says nothing about the speed of the others
             if state.due(config.sample_every):
                 _sample(state, on_sample)
                 meter.restart()

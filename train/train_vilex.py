@@ -35,7 +35,7 @@ from train.data import Pictures, Record
 from train.distil import DistilConfig, distil_encoder
 from train.encoder_init import read_encoder_init
 from train.nets import load_efficientnet
-from train.presets import OPTIMIZERS, PRESETS, Preset, TrainConfig
+from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import CHECKPOINT_NAME, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
@@ -48,7 +48,7 @@ from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.model import ViLex, load_vilex
 from vilex.pipeline import VilexPipeline
 from vilex.pooler import sample_num_tokens
-from vilex.prompt import ComposedPrompt, compose, compose_leading, special_tokens
+from vilex.prompt import ComposedPrompt, compose, compose_leading, round_up, special_tokens
 from vilex.sampling import Conditions, sample
 
 LADDER_PICTURES = 8
@@ -71,18 +71,16 @@ def write_one(record: Record, pixels: np.ndarray, index: int, variant: int, back
     return write_words(record)[variant]
 
 
-def build_optimizer(model: ViLex, config: TrainConfig) -> torch.optim.Optimizer:
-    """Adafactor, as in the paper, or AdamW, at two rates, the pooler's first.
+def build_optimizer(model: ViLex, config: TrainConfig) -> Adafactor:
+    """Adafactor at two fixed rates, the pooler's first.
 
-    Adafactor without transformers' relative steps and without scaling by each parameter's RMS, which at these rates
+    Without transformers' relative steps and without scaling by each parameter's RMS, which at these rates
     would hardly move the pooler.
     """
     groups = [
         {"params": list(model.pooler.parameters()), "lr": config.learning_rate},
         {"params": list(model.encoder.parameters()), "lr": config.encoder_learning_rate},
     ]
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     return Adafactor(
         groups, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False,
         warmup_init=False,
@@ -169,7 +167,7 @@ class VilexRun(TrainingRun):
         length = self.t2i.config.context_length
         if self.t2i.embedded:  # latent models read their padding
             multiple = 1 if self.trim else _LENGTH_MULTIPLE
-            length = min(length, -(-(self._around + vilex_tokens.shape[1] + count) // multiple) * multiple)
+            length = min(length, round_up(self._around + vilex_tokens.shape[1] + count, multiple))
         return compose_leading(word_ids, word_mask, vilex_tokens, self.special, length)
 
     @property
@@ -271,7 +269,6 @@ t2i_option = click.option(
     help="First let the tokens spell the model's own layout captions, for this many steps.",
 )
 @click.option("--encoder-learning-rate", type=float, help="Of the vision tower.")
-@click.option("--optimizer", type=click.Choice(OPTIMIZERS), help="Instead of the preset's.")
 def main(
     preset: str,
     data: tuple[str, ...],
@@ -294,7 +291,7 @@ def main(
     fp32: bool,
     dry_run: bool,
     checkpoint_gradients: bool,
-    **overrides: float | str | None,
+    **overrides: float | None,
 ) -> None:
     """Train encoder and pooler of ViLex."""
     start(threads)

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from vilex.checkpoint import require_finite
 from vilex.config import T2IConfig
-from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings, special_tokens
+from vilex.prompt import ComposedPrompt, embedding_module, override_embeddings, round_up, special_tokens
 
 INDEX_NAME = "model_index.json"
 
@@ -51,10 +51,10 @@ class Conditioning:
         return replace(self, prompt_embeds=F.pad(self.prompt_embeds, (0, 0, 0, more)), mask=F.pad(self.mask, (0, more)))
 
     def trimmed(self) -> Self:
-        """Without the positions that no row needs, up to a multiple of 8; padding without a mask is read, and stays."""
+        """Without padding that no row needs; without a mask padding is read, and stays."""
         if self.mask is None:
             return self
-        length = -(-int(self.mask.sum(1).max()) // 8) * 8
+        length = round_up(int(self.mask.sum(1).max()))
         return replace(self, prompt_embeds=self.prompt_embeds[:, :length], mask=self.mask[:, :length])
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self:
