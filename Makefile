@@ -10,8 +10,10 @@ BIN = $(VENV)/bin
 app: setup
 	$(BIN)/python app.py $(ARGS)
 
+# Browser tests run by themselves: they have a server and a browser to share the cores with
 test: setup-dev browser
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --ignore tests/e2e --numprocesses logical --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/e2e
 
 # `hf upload` and not git: the Hub refuses plain pushes of large files
 publish: setup

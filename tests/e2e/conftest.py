@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3
+MODEL = "nano"
 START_SECONDS = 120
 PATIENCE = 60_000  # milliseconds that a busy machine may take for anything here
 _QUIET = (
@@ -48,7 +49,7 @@ def start_app(log_path: Path, *flags: str, **environment: str) -> tuple[subproce
     """The app's process and the address it will have; `flags` are added to its command."""
     port = free_port()
     command = [sys.executable, "app.py", "--port", str(port), "--steps", str(STEPS), *flags]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("GRADIO_")}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("GRADIO_", "VILEX_"))}
     env |= {"GRADIO_TEMP_DIR": str(log_path.parent / "cache"), "HF_HUB_OFFLINE": "1", **environment}
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -79,9 +80,9 @@ def stop_app(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The app on the default weights, or those of VILEX_WEIGHTS."""
+    """The app on `nano`, the faster of the models that come with the code."""
     log_path = tmp_path_factory.mktemp("app") / "log.txt"
-    process, url = start_app(log_path, "--mcp")
+    process, url = start_app(log_path, "--mcp", "--model", MODEL)
     try:
         wait_until_up(process, url, log_path)
         server = Server(url, log_path)

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.e2e.conftest import ROOT, Server, open_app, start_app, stop_app, unfold, wait_until_up
 from vilex.codes import load_code
+from vilex.config import DEFAULT_MODEL
 from vilex.recipe import load_recipe
 
 CACTUS = ROOT / "assets" / "examples" / "cactus.png"
@@ -245,6 +246,19 @@ def test_nothing_is_fetched_from_elsewhere(browser: Browser, server: Server) -> 
         open_app(page, server.url)
     assert addresses
     assert not [a for a in addresses if not a.startswith((server.url, "data:", "blob:"))]
+
+
+def test_without_a_choice_the_default_model_draws(browser: Browser, tmp_path: Path) -> None:
+    process, url = start_app(tmp_path / "log.txt")
+    try:
+        wait_until_up(process, url, tmp_path / "log.txt")
+        with browser.new_context() as context:
+            page = open_app(context.new_page(), url)
+            choose(page, CACTUS)
+            recipe = load_recipe(download(page, wait_rebuilt(page)[2]))
+            assert recipe.model == DEFAULT_MODEL
+    finally:
+        stop_app(process)
 
 
 def test_without_weights_the_page_opens_and_says_how_to_get_them(browser: Browser, tmp_path: Path) -> None:

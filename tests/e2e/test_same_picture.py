@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import MODEL, Server
 from tests.e2e.test_app import CACTUS
 from vilex.cli import main
 
@@ -22,7 +22,7 @@ SETTINGS = {
     "seed": 11, "num_inference_steps": 20, "tfg_scale": 2, "view": "raw", "prompt": PROMPT, "num_tokens": 16,
     "scheduler": "ddpm",
 }  # fmt: skip
-FLAGS = ("--steps", "20", "--raw", "--tokens", "16", "--tfg", "2", "--prompt", PROMPT)
+FLAGS = ("--model", MODEL, "--steps", "20", "--raw", "--tokens", "16", "--tfg", "2", "--prompt", PROMPT)
 
 
 def levels(path: Path | str) -> np.ndarray:
@@ -67,8 +67,8 @@ def test_the_command_line_draws_what_the_app_draws(server: Server, tmp_path: Pat
 
 
 def test_a_png_is_drawn_again_from_its_photo_and_from_its_tokens(drawn: list[str], tmp_path: Path) -> None:
-    run("redo", drawn[1], "--photo", CACTUS, "--raw", "--out", tmp_path / "photo")
-    run("redo", drawn[1], "--raw", "--out", tmp_path / "tokens")
+    run("redo", drawn[1], "--model", MODEL, "--photo", CACTUS, "--raw", "--out", tmp_path / "photo")
+    run("redo", drawn[1], "--model", MODEL, "--raw", "--out", tmp_path / "tokens")
     for folder, bound in (("photo", 1), ("tokens", 3)):  # tokens in a PNG are rounded to one byte a number
         [again] = (tmp_path / folder).glob("*.png")
         assert apart(again, drawn[1]) <= bound < apart(again, drawn[0])
