@@ -1,6 +1,6 @@
 """The tab Compare: which of two pictures is closer to the input, asked without saying what made them.
 
-The questions are those of the paper's human study. Votes live in the session and in the text that the user
+The questions are those of the paper's human study. Votes live in the browser and in the text that the user
 downloads, nowhere else.
 """
 
@@ -34,7 +34,9 @@ QUESTIONS = {
     "layout": "Which is closer in layout?",
 }
 ANSWERS = ("left", "right", "equal")
+STORAGE_KEY, SECRET = "vilex-votes", "vilex"  # fixed, or a restart of the app would forget everybody's votes
 _SEEN_SIZE = 256  # pixels of the input's side
+_TYPES = {"seed": int}  # of a vote's fields; the others are text
 _SEEDS = 10**6
 _DOWNLOAD = """(text) => {
   const link = document.createElement("a");
@@ -100,6 +102,18 @@ def cast(trial: Trial | None, answers: Mapping[str, object]) -> list[Vote]:
     ]
 
 
+def recall(saved: object) -> list[Vote]:
+    """The votes among what a browser kept, which may be anything."""
+    items = saved if isinstance(saved, list) else []
+    return [Vote(**item) for item in items if isinstance(item, dict) and _is_vote(item)]
+
+
+def _is_vote(item: Mapping[str, object]) -> bool:
+    types = {field.name: _TYPES.get(field.name, str) for field in dataclasses.fields(Vote)}
+    fits = item.keys() == types.keys() and all(type(item[name]) is kind for name, kind in types.items())
+    return fits and item["question"] in QUESTIONS and item["answer"] in ANSWERS
+
+
 def to_csv(votes: Sequence[Vote]) -> str:
     """The votes as CSV with a header."""
     text = io.StringIO()
@@ -117,6 +131,12 @@ def tally(votes: Sequence[Vote]) -> str:
     arms = [*sorted({arm for vote in votes for arm in (vote.left, vote.right)}), "equal"]
     rows = [[question, *(counts[question, arm] for arm in arms)] for question in QUESTIONS]
     return table.to_html("Votes so far", ["Question", *arms], rows)
+
+
+def show_votes(saved: object) -> tuple[str, str]:
+    """The tally and the CSV of what a browser kept, both empty without votes."""
+    votes = recall(saved)
+    return tally(votes), to_csv(votes) if votes else ""
 
 
 def reveal(trial: Trial) -> str:
@@ -164,12 +184,12 @@ class Compare:
                 pair[side] = self.handlers.at_size(images[0], view)
             yield gr.skip(), *pair, trial, "", finished("Which of the two is closer to the input?")
 
-    def vote(self, trial: Trial | None, votes: Sequence[Vote], *answers: object) -> tuple:
-        """Adds an answer per question; gives the votes, no trial, the verdict, a tally, CSV and emptied answers."""
+    def vote(self, trial: Trial | None, saved: object, *answers: object) -> tuple:
+        """Adds an answer per question; gives the votes, no trial, the verdict and emptied answers."""
         with in_words():
-            votes = (*votes, *cast(trial, dict(zip(QUESTIONS, answers, strict=True))))
+            votes = [*recall(saved), *cast(trial, dict(zip(QUESTIONS, answers, strict=True)))]
         emptied = [None] * len(QUESTIONS)
-        return votes, None, finished(reveal(trial)), tally(votes), to_csv(votes), *emptied
+        return list(map(dataclasses.asdict, votes)), None, finished(reveal(trial)), *emptied
 
     def _conditions(self, arm: str, words: str, tokens: Tensor, config: GenerationConfig) -> Conditions:
         pictures = [] if arm == WORDS else [tokens[: self.arms[arm]]]
@@ -190,8 +210,8 @@ def build_compare(studio: Studio) -> None:
     tab = Compare(studio.handlers)
     names = list(tab.arms)
     gr.Markdown(
-        "Two pictures from one noise, in an order that stays hidden until you have voted. The votes are kept in this "
-        "page alone, until it is left or loaded anew."
+        "Two pictures from one noise, in an order that stays hidden until you have voted. The votes are kept in your "
+        "browser alone."
     )
     with gr.Row():
         card = card_choice("Input")
@@ -200,7 +220,7 @@ def build_compare(studio: Studio) -> None:
     draw = gr.Button("Draw a pair", variant="primary", elem_id="pair")
     with gr.Row(elem_id="blind"):
         seen, left, right = (_picture(label) for label in ("Input", "Left", "Right"))
-    trial, votes = gr.State(None), gr.State(())
+    trial, votes = gr.State(None), gr.BrowserState([], storage_key=STORAGE_KEY, secret=SECRET)
     with gr.Row():
         answers = [
             gr.Radio(ANSWERS, label=question, min_width=200, elem_id=f"vote-{name}")
@@ -212,15 +232,17 @@ def build_compare(studio: Studio) -> None:
         text = gr.Textbox(
             "", label="Votes", lines=4, max_lines=12, interactive=False, buttons=["copy"], elem_id="votes"
         )
-        download = gr.Button("Download the votes", min_width=140)
+        with gr.Row():
+            download = gr.Button("Download the votes", min_width=140)
+            forget = gr.Button("Forget the votes", min_width=140)
     inputs = studio.inputs("cards", "prompt", "view", *SAMPLING) | {"card": card, "first": first, "second": second}
     outputs = [seen, left, right, trial, verdict, studio.status]
     studio.compute(draw.click, tab.draw, outputs, inputs, api_visibility="private")
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # queued, since only queued events show their errors
-    vote.click(
-        tab.vote, [trial, votes, *answers], [votes, trial, verdict, counts, text, *answers], show_progress="hidden",
-        api_visibility="private",
-    )  # fmt: skip
+    vote.click(tab.vote, [trial, votes, *answers], [votes, trial, verdict, *answers], **quiet)
+    forget.click(list, None, votes, **quiet)
+    gr.on(None, show_votes, votes, [counts, text], **quiet)  # at the page's start and after each change
     download.click(None, text, None, js=_DOWNLOAD, api_visibility="private")
 
 

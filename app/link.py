@@ -21,7 +21,7 @@ from vilex.prompt import mentioned
 from vilex.recipe import Recipe, from_json, to_json
 
 MARK = "#vilex="
-MAX_CHARS = 7800  # of the part behind the address: the whole stays below 8 kB, which chats and mail leave whole
+MAX_CHARS = 31_000  # of the part behind the address: the whole stays below the 32 kB that address bars show
 _MAX_UNPACKED = 10**6  # bytes of its JSON; zlib could make 8 MB of a link
 _COPY = """async (part, note) => {
   const link = location.origin + location.pathname + part;
@@ -71,10 +71,11 @@ def share(handlers: Handlers, prompt: str, **values: Any) -> tuple[str, str]:
                 "take pictures away or shorten the prompt"
             )
         used = mentioned(prompt, len(words), names_of(words))
-        return write(count), finished(_told([word for i, word in enumerate(words) if i in used], count))
+        link = write(count)
+        return link, finished(_told([word for i, word in enumerate(words) if i in used], count, len(link)))
 
 
-def _told(words: Sequence[PictureWord], count: int) -> str:
+def _told(words: Sequence[PictureWord], count: int, size: int) -> str:
     lengths = [len(word.vilex_tokens) for word in words]
     held = [
         f"{min(count, length)} of {tokens_in_words(length)} of {word.name or 'the picture'}"
@@ -82,7 +83,10 @@ def _told(words: Sequence[PictureWord], count: int) -> str:
     ]
     if not held:
         return "The link holds prompt and settings."
-    return f"The link holds prompt, settings and {', '.join(held)}: who has it has the pictures' content."
+    return (
+        f"The link holds prompt, settings and {', '.join(held)}: who has it has the pictures' content. It has {size:,} "
+        "characters; should a chat or mail cut it, take fewer tokens."
+    )
 
 
 def to_link(recipe: Recipe) -> str:

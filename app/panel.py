@@ -185,7 +185,7 @@ def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Bu
 def _build_linking() -> tuple[gr.Button, list[Component]]:
     with gr.Accordion("Link to this page", open=False, elem_id="linking"):
         gr.Markdown(
-            "A link holds prompt, settings, seed and the first tokens of each picture, as many as fit into 8 kB, "
+            "A link holds prompt, settings, seed and the first tokens of each picture, as many as fit into 32 kB, "
             "behind the # of the address, where no server's log sees them. Who has it has the pictures' content."
         )
         link = gr.Button("Copy a link to this page", size="md", elem_id="link")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections import Counter
 
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from app.cards import pack
-from app.compare import ANSWERS, QUESTIONS, WORDS, Compare, Trial, cast, shuffle, tally, to_csv
+from app.compare import ANSWERS, QUESTIONS, WORDS, Compare, Trial, cast, show_votes, shuffle, tally, to_csv
 from vilex.codes import VilexCode
 from vilex.config import GenerationConfig
 from vilex.recipe import load_recipe
@@ -64,7 +65,9 @@ def test_either_order_comes():
 
 
 def test_a_vote_reveals_the_order_and_can_be_cast_once(tab):
-    votes, trial, verdict, table, text, *answers = tab.vote(TRIAL, (), "left", "right", "equal")
+    votes, trial, verdict, *answers = tab.vote(TRIAL, [], "left", "right", "equal")
+    table, text = show_votes(votes)
+    assert len(votes) == 3 and all(f"<td>{count}</td>" in table for count in (0, 1))
     assert trial is None and answers == [None] * 3 and "Left was 1 token, right was words alone" in verdict
     rows = list(csv.DictReader(io.StringIO(text)))
     assert list(rows[0]) == ["time", "model", "left", "right", "seed", "question", "answer", "closer"]
@@ -85,15 +88,27 @@ def test_votes_add_up_whatever_side_an_arm_stood_on():
     assert len(to_csv(votes).splitlines()) == 1 + 2 * len(QUESTIONS)
 
 
+def test_votes_that_a_browser_kept_count_on_and_what_is_none_is_left_out(tab):
+    kept, *_ = tab.vote(TRIAL, [], "left", "left", "left")
+    bad = [3, {}, kept[0] | {"seed": "7"}, kept[0] | {"answer": "up"}, kept[0] | {"extra": 1}]
+    votes, *_ = tab.vote(TRIAL, [*bad, *json.loads(json.dumps(kept))], "right", "right", "right")
+    assert votes[:3] == kept and [vote["closer"] for vote in votes[3:]] == [WORDS] * 3
+
+
+@pytest.mark.parametrize("saved", [None, "votes", {"left": 1}, []])
+def test_without_votes_there_is_no_table(saved):
+    assert show_votes(saved) == ("", "")
+
+
 def test_a_question_left_out_is_said(tab):
     with pytest.raises(gr.Error, match="Answer all of the questions first"):
-        tab.vote(TRIAL, (), "left", None, "equal")
+        tab.vote(TRIAL, [], "left", None, "equal")
 
 
 @pytest.mark.parametrize("answer", ["", "both", 1])
 def test_every_question_needs_one_of_the_answers(tab, answer):
     with pytest.raises(gr.Error, match=f"The answer on style must be one of {', '.join(ANSWERS)}, got {answer!r}"):
-        tab.vote(TRIAL, (), "left", answer, "equal")
+        tab.vote(TRIAL, [], "left", answer, "equal")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_a_link_brings_prompt_settings_and_pictures_back(handlers, page, cards, 
     link, note = share(handlers, "[A] on [B]", **cards, **settings, weight_2=0.5)
     assert link.startswith(MARK) and len(link) <= MAX_CHARS
     assert "prompt, settings and 6 of 6 tokens of A, 4 of 4 tokens of B: who has it" in note
+    assert f"It has {len(link):,} characters" in note
     values = opened(page, link)
     assert (values["prompt"], values["name"], values["name_2"], values["lock"]) == ("[A] on [B]", "A", "B", True)
     assert {name: values[name] for name in settings} == settings and values["seed"] == 5
@@ -142,7 +143,7 @@ def test_a_link_that_was_tampered_with_gives_one_sentence(handlers, page, cards,
         (packed("{" * 5000), "cannot be used"),
         (packed(" " * 10**6), "cannot be used"),
         (packed(" " * 10**6 + "{}"), "the link is damaged: it is cut off or too large"),
-        (MARK + "x" * MAX_CHARS, "the link has 7807 characters, the limit is 7800"),
+        (MARK + "x" * MAX_CHARS, "the link has 31007 characters, the limit is 31000"),
     ],
 )
 def test_what_is_no_link_gives_one_sentence(page, warnings, link, message):

@@ -152,6 +152,15 @@ def test_votes_of_a_blind_pair_are_counted_and_downloaded(cactus: Page, tmp_path
         votes = {row["question"]: row for row in csv.DictReader(file)}
     assert {question: row["answer"] for question, row in votes.items()} == answers
     assert votes["semantics"]["closer"] == votes["semantics"]["left"] != votes["style"]["closer"]
+    cactus.reload()
+    cactus.locator("#budget .bar").wait_for()
+    open_tab(cactus, "Compare")
+    expect(cactus.get_by_role("region", name="Votes so far").locator("tbody tr")).to_have_count(3)
+    unfold(cactus, "Votes as a table (CSV)")
+    expect(cactus.locator("#votes textarea")).to_have_value(re.compile("^time,model,.*semantics,left", re.DOTALL))
+    press(cactus, "Forget the votes")
+    expect(cactus.get_by_role("region", name="Votes so far")).not_to_be_visible()
+    expect(cactus.locator("#votes textarea")).to_have_value("")
 
 
 def test_licence_and_limits_of_the_weights_are_on_the_page(page: Page) -> None:
