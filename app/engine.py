@@ -23,7 +23,7 @@ from torch import Tensor
 from app.jobs import Drawing, Job, Polishing
 from vilex.config import GenerationConfig, PolishConfig
 from vilex.pipeline import Fit, VilexPipeline
-from vilex.polish import PolishStep
+from vilex.polish import PolishStep, polish_rows
 from vilex.sampling import Conditions, Step, sample_steps
 
 HEARTBEAT = 0.5  # seconds after which a waiting request says so again: a generator can only be closed at a yield
@@ -89,8 +89,8 @@ class Engine:
         self, image: Image.Image, config: PolishConfig, fit: Fit, words: str = ""
     ) -> Iterator[Waiting | PolishStep]:
         """A picture's tokens, improved, from `words` on where there are any: events as `draw` gives them."""
-        changed = threading.Condition(self._lock)
-        return self._serve(Polishing(image=image, config=config, fit=fit, words=words, changed=changed))
+        cost, changed = polish_rows(self.pipeline.t2i), threading.Condition(self._lock)
+        return self._serve(Polishing(image=image, config=config, fit=fit, cost=cost, words=words, changed=changed))
 
     def _serve(self, job: Job) -> Iterator[Waiting | Step | PolishStep]:
         try:

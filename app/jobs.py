@@ -9,7 +9,7 @@ from PIL import Image
 
 from vilex.config import GenerationConfig, PolishConfig
 from vilex.pipeline import Fit
-from vilex.polish import NOISE_DRAWS, PolishStep
+from vilex.polish import PolishStep
 from vilex.sampling import Conditions, Step, count_branches
 
 MAX_BEHIND = 32  # steps kept for a reader that is slower than the drawing
@@ -97,18 +97,21 @@ class Drawing(Job):
 
 @dataclass(eq=False, kw_only=True)
 class Polishing(Job):
-    """A picture whose tokens are improved, always by itself; `words` are what they start as, if there are any."""
+    """A picture whose tokens are improved, always by itself; `words` are what they start as, if there are any.
+
+    cost: work per step, in rows of a denoiser call.
+    """
 
     image: Image.Image
     config: PolishConfig
     fit: Fit
+    cost: int
     words: str = ""
     is_alone: bool = True
 
     @property
     def rows(self) -> int:
-        """A gradient takes about as long as three passes."""
-        return 3 * NOISE_DRAWS
+        return self.cost
 
     @property
     def num_pictures(self) -> int:

@@ -55,8 +55,13 @@ class Panel:
     model: gr.Dropdown
 
 
-def build_panel(handlers: Handlers, steps: int, num_images: int, models: Sequence[str] = ()) -> Panel:
-    """The left side, not yet wired; `models` are the names to choose from, the first the app's own."""
+def build_panel(
+    handlers: Handlers, steps: int, num_images: int, polish_seconds: float | None, models: Sequence[str] = ()
+) -> Panel:
+    """The left side, not yet wired; `models` are the names to choose from, the first the app's own.
+
+    polish_seconds: of one step, None where it is not known.
+    """
     with gr.Row(elem_id="cards"):
         built = [_build_card(handlers, i) for i in range(MAX_CARDS)]
     arrival = gr.Textbox("", label="Arrival of picture A", elem_classes="unseen")
@@ -83,7 +88,7 @@ def build_panel(handlers: Handlers, steps: int, num_images: int, models: Sequenc
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
     with gr.Column(elem_id="settings"):
         more, lock, dice, view, embed, model = _build_settings(handlers, steps, num_images, models)
-        keep, kept, polish = _build_keeping()
+        keep, kept, polish = _build_keeping(polish_seconds)
         link, linked = _build_linking()
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
@@ -169,7 +174,7 @@ def _build_settings(
     return more, lock, dice, view, embed, model
 
 
-def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Button]]:
+def _build_keeping(polish_seconds: float | None) -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Button]]:
     with gr.Accordion("Keep picture A as a word", open=False, elem_id="keeping"):
         gr.Markdown("The word holds the tokens of the picture: who has it has the picture's content.")
         keep = gr.Button("Make the word", size="md", elem_id="keep")
@@ -178,7 +183,7 @@ def _build_keeping() -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Bu
             label="The picture as a code to copy", interactive=False, buttons=["copy"], lines=2, elem_id="code",
             info=f"Only for {MAX_COPIED} tokens or fewer: turn “Tokens of A” down to get one",
         )  # fmt: skip
-        polish = build_polish()
+        polish = build_polish(polish_seconds)
     return keep, [word, code], polish
 
 

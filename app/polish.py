@@ -15,6 +15,8 @@ from app.studio import Studio
 from app.workbench import read_whole
 from vilex.codes import VilexCode
 from vilex.config import PolishConfig, range_of
+from vilex.pipeline import VilexPipeline
+from vilex.polish import polish_rows
 from vilex.prompt import words_of
 
 MAX_STEPS = 200  # of the slider; clients of the API may ask for more
@@ -47,12 +49,18 @@ def polish(handlers: Handlers, polish_steps: int, prompt: str = "", **values: An
         yield pack_polished(code, card.picture, card.fit), finished(done)
 
 
-def build_polish() -> tuple[gr.Slider, gr.Button]:
-    """How many steps, and the button."""
+def seconds_per_step(pipeline: VilexPipeline, seconds: float) -> float:
+    """Seconds that a step of polishing takes where one of drawing a picture, with guidance, takes `seconds`."""
+    return seconds * polish_rows(pipeline.t2i) / 2
+
+
+def build_polish(seconds: float | None = None) -> tuple[gr.Slider, gr.Button]:
+    """How many steps, of so many seconds if that is known, and the button."""
     bounds = range_of(PolishConfig, "num_steps")
+    cost = "take longer" if seconds is None else f"take about {duration(seconds)} each"
     steps = gr.Slider(
         bounds.minimum, MAX_STEPS, PolishConfig.num_steps, step=1, label="Steps of polishing", elem_id="polish-steps",
-        info="More fit the tokens closer to this one picture, and take longer",
+        info=f"More fit the tokens closer to this one picture, and {cost}",
     )  # fmt: skip
     return steps, gr.Button("Polish picture A", size="md", elem_id="polish")
 

@@ -57,6 +57,7 @@ class Notes:
     seconds_per_step: float | None = None
     device: str = "cpu"
     licence: str = ""
+    polish_seconds: float | None = None  # of one step
 
     @property
     def num_images(self) -> int:
@@ -84,7 +85,7 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
     gr.HTML(_header(handlers, notes), elem_id="header")
     with gr.Row(elem_id="sides"):
         with gr.Column(scale=5, min_width=300, elem_id="left"):
-            panel = build_panel(handlers, notes.steps, notes.num_images, models)
+            panel = build_panel(handlers, notes.steps, notes.num_images, notes.polish_seconds, models)
         with gr.Column(scale=7, min_width=300, elem_id="right"):
             studio, results, history = _build_results(handlers, panel)
             _build_examples(panel)

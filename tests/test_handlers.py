@@ -514,6 +514,13 @@ def test_a_page_whose_pictures_take_long_starts_with_one(handlers, seconds_per_s
     assert slider["value"] == num_images
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(None, "and take longer"), (4.2, "and take about 4.2 s each")])
+def test_a_page_tells_what_polishing_costs_before_it_begins(handlers, seconds, told):
+    parts = ui.build_demo(handlers, ui.Notes(polish_seconds=seconds)).config["components"]
+    [slider] = [part["props"] for part in parts if part["props"].get("elem_id") == "polish-steps"]
+    assert slider["info"].endswith(told)
+
+
 def test_a_model_without_encoder_offers_polish_and_draws_words(pipeline, upload):
     handlers = Handlers(VilexPipeline(pipeline.t2i, name="bare"))
     shown = [str(part["props"].get("value")) for part in ui.build_demo(handlers).config["components"]]

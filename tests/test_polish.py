@@ -13,7 +13,7 @@ from vilex.diffusion import TextToImage, load_t2i
 from vilex.images import fit_image, to_pixels
 from vilex.loss import diffusion_loss, draw_noise
 from vilex.pipeline import VilexPipeline
-from vilex.polish import polish_steps, spell
+from vilex.polish import polish_rows, polish_steps, spell
 from vilex.prompt import compose, tokenize
 
 
@@ -39,6 +39,15 @@ def test_every_budget_of_the_tokens_gets_better(kind, request, tmp_path, picture
     assert after.shape == before.shape and after.dtype == torch.float32 and not after.requires_grad
     for budget in (1, 3, 6):
         assert loss_of(t2i, picture, after[:budget]) < loss_of(t2i, picture, before[:budget])
+
+
+@pytest.mark.parametrize("kind", ["t2i", "stable_diffusion"])
+def test_the_work_of_a_step_is_twice_the_rows_it_denoises(kind, request, picture):
+    t2i, rows = request.getfixturevalue(kind), []
+    t2i.denoiser.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    pixels = to_pixels([fit_image(picture, t2i.image_size, "crop")])
+    next(polish_steps(t2i, pixels, spell(t2i, "a red dog", 3), PolishConfig(num_tokens=3, num_steps=1)))
+    assert rows and polish_rows(t2i) == 2 * sum(rows)
 
 
 def test_only_the_tokens_move_and_a_seed_gives_the_same_again(pipeline, picture):

@@ -79,11 +79,20 @@ def _read(t2i: TextToImage, vilex_tokens: Tensor) -> Conditioning:
 
 def _draw_noise(t2i: TextToImage, generator: torch.Generator, device: torch.device) -> Noise:
     """Noises of one step. Their timesteps are the model's own, shifted, one out of each equal share of them."""
-    draws, shift = (NOISE_DRAWS, _SHIFT) if t2i.embedded else (_LATENT_DRAWS, 1.0)
+    draws, shift = _num_draws(t2i), _SHIFT if t2i.embedded else 1.0
     pool = t2i.draw_timesteps(draws * _POOL, generator, shift).sort().values
     places = (torch.arange(draws) + torch.rand(draws, generator=generator)) / draws
     values = torch.randn(draws, *t2i.latent_shape, generator=generator)
     return Noise(values.to(device), pool[(places * len(pool)).long()].to(device))
+
+
+def polish_rows(t2i: TextToImage) -> int:
+    """The work of one step, in rows of a denoiser call: on frozen weights a gradient costs about another pass."""
+    return 2 * _num_draws(t2i)
+
+
+def _num_draws(t2i: TextToImage) -> int:
+    return NOISE_DRAWS if t2i.embedded else _LATENT_DRAWS
 
 
 @torch.no_grad()
