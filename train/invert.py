@@ -2,8 +2,8 @@
 
     python -m train.invert --model nano --data pictures64-val-00-of-01.parquet --limit 32 --out runs/invert
 
-Writes inversion.json, and inversion.png with the pictures as inversion and as our encoder redraw them. Pictures are
-inverted side by side, which does not change their vectors: each has its own loss and noises, and Adam treats each
+Writes inversion.json, and inversion.png with the pictures as inversion, our encoder and Polish redraw them. Pictures
+are inverted side by side, which does not change their vectors: each has its own loss and noises, and Adam treats each
 number alone. Source: Gal et al. 2022, An Image is Worth One Word.
 """
 
@@ -23,7 +23,8 @@ from train.judge import Judge
 from train.report import LoadPipeline, Numbers, measuring_options, provenance, save_report, save_sheet
 from train.run import usage_errors
 from train.subjects import content_caption
-from vilex.config import MAX_TOKENS, Config, GenerationConfig, Range, check_range, setting
+from vilex.config import MAX_TOKENS, Config, GenerationConfig, PolishConfig, Range, check_range, range_of, setting
+from vilex.images import to_images
 from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.pipeline import VilexPipeline
 from vilex.polish import spell
@@ -105,6 +106,15 @@ def invert_all(
     return {steps: (torch.cat(found[steps]), seconds[steps] / len(pictures)) for steps in snapshots}
 
 
+def polish_all(pipeline: VilexPipeline, pictures: Pictures, steps: int, seed: int) -> tuple[Tensor, float]:
+    """Our tokens (S,N,D) of all pictures, as many as there are, polished, and the seconds per picture."""
+    found, began = [], _now()
+    for i, image in enumerate(to_images(pictures.batch(torch.arange(len(pictures))))):
+        found.append(pipeline.polish(image, pipeline.max_tokens, steps, seed + i))
+        log.info("polished: %d of %d pictures", i + 1, len(pictures))
+    return torch.stack(found), (_now() - began) / len(pictures)
+
+
 @torch.no_grad()
 def encoding_seconds(pipeline: VilexPipeline, pictures: Pictures, repeats: int = 5) -> float:
     """Seconds that our encoder takes for one picture alone."""
@@ -160,6 +170,13 @@ def draw_ways(
     "--batch-size", type=int, default=InversionConfig.batch_size, show_default=True, help="Inverted together."
 )
 @click.option("--seed", type=int, default=InversionConfig.seed, show_default=True)
+@click.option(
+    "--polish",
+    type=click.IntRange(0, int(range_of(PolishConfig, "num_steps").maximum)),
+    default=0,
+    show_default=True,
+    help="Gradient steps of Polish, which also improves our encoder's tokens, for as many of them as --arms has.",
+)
 @click.option("--arms", default="text,dense,1,16,75", show_default=True, help="Of train.evaluate, to compare with.")
 @click.option("--guidance", type=float, default=GenerationConfig.guidance_scale, show_default=True)
 @click.option("--steps", type=int, default=GenerationConfig.num_inference_steps, show_default=True, help="Of drawing.")
@@ -169,6 +186,7 @@ def main(
     limit: int,
     tokens: list[int],
     snapshots: list[int],
+    polish: int,
     arms: str,
     guidance: float,
     steps: int,
@@ -191,8 +209,14 @@ def main(
         for taken, (vectors, time_each) in results.items():
             name = f"{count} free, {taken} steps"
             found[name], seconds[name] = vectors, time_each
+    counts = [int(name) for name in names if name.isdigit()]
+    if polish and counts:
+        vectors, time_each = polish_all(pipeline, pictures, polish, inversion.seed)
+        for count in counts:
+            name = f"{count} polished, {polish} steps"
+            found[name], seconds[name] = vectors[:, :count], time_each
     if pipeline.has_encoder:
-        seconds |= dict.fromkeys(filter(str.isdigit, names), encoding_seconds(pipeline, pictures))
+        seconds |= dict.fromkeys(map(str, counts), encoding_seconds(pipeline, pictures))
     samples = draw_ways(pipeline, pictures, found, arm_configs(names, config), config)
     rows = {name: {"seconds": seconds.get(name, 0.0)} | judge.closeness(levels) for name, levels in samples.items()}
     drawn = {"guidance_scale": guidance, "num_inference_steps": steps, "pictures": len(pictures)}

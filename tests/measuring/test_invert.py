@@ -64,16 +64,18 @@ def test_a_loss_that_is_not_finite_is_reported(folder, pipeline, start, monkeypa
 
 def test_every_way_is_in_the_report(folder, stand_ins):
     arguments = ["--data", str(folder), "--out", str(folder / "out"), "--steps", "1", "--draws", "1", "--limit", "3"]
-    more = ["--tokens", "1,2", "--snapshots", "1,2", "--arms", "text,1", "--batch-size", "2"]
+    more = ["--tokens", "1,2", "--snapshots", "1,2", "--arms", "text,1,4", "--batch-size", "2", "--polish", "2"]
     result = CliRunner().invoke(main, arguments + more)
     assert result.exit_code == 0, result.output
     report = json.loads((folder / "out" / "inversion.json").read_text())
     free = [f"{n} free, {steps} steps" for n in (1, 2) for steps in (1, 2)]
-    assert list(report["ways"]) == [*free, "text", "1"]
+    polished = [f"{n} polished, 2 steps" for n in (1, 4)]
+    assert list(report["ways"]) == [*free, *polished, "text", "1", "4"]
+    assert report["ways"][polished[0]]["seconds"] == report["ways"][polished[1]]["seconds"] > 0
     assert 0 < report["ways"][free[0]]["seconds"] < report["ways"][free[1]]["seconds"]
     assert report["ways"]["1"]["seconds"] > 0 == report["ways"]["text"]["seconds"]
     lpips = {name: row["lpips"] for name, row in report["ways"].items()}
-    assert lpips[free[0]] != lpips[free[1]] and lpips[free[0]] != lpips["1"]
+    assert len({lpips[name] for name in (free[0], free[1], *polished, "1", "4")}) == 6
     with Image.open(folder / "out" / "inversion.png") as sheet:
         assert sheet.width > 7 * 32
 
