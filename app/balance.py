@@ -1,17 +1,17 @@
 """The tab Balance: the prompt drawn over token counts and over words against picture; a click takes both over."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from app.cards import MAX_CARDS, PictureWord, names_of
+from app.cards import PictureWord, names_of
 from app.handlers import VIEWS, Handlers, Look, text_of
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
-from app.workbench import read_settings, side_by_side
+from app.workbench import read_settings, side_by_side, tokens_of_used
 from vilex.config import GenerationConfig, token_budgets, tokens_in_words
 from vilex.prompt import has_words
 
@@ -79,10 +79,16 @@ class Balance:
         names = [f"vilex-{budget}-tokens-tfg-{config.tfg_scale:g}-seed-{config.seed}" for budget in self.budgets]
         return self.handlers.save(images, names, recipes, look.view)
 
-    def adopt(self, event: gr.SelectData) -> tuple:
-        """The token count for every card, the text-free guidance and a status line of the thumbnail clicked."""
+    def adopt(self, names: Sequence[str], event: gr.SelectData, *inputs: Any) -> tuple:
+        """The token count for the cards in the prompt, the text-free guidance and a status line of what was clicked.
+
+        inputs: the prompt and the cards' fields, which have these names.
+        """
         budget, tfg_scale = self.cells[event.index]
-        return *[budget] * MAX_CARDS, tfg_scale, finished(f"Now at {caption(budget, tfg_scale)}.")
+        values = dict(zip(names, inputs, strict=True))
+        with in_words():
+            counts = tokens_of_used(budget, values.pop("prompt"), values)
+        return *counts, tfg_scale, finished(f"Now at {caption(budget, tfg_scale)}.")
 
     def _settings(self, values: dict[str, Any]) -> GenerationConfig:
         config = read_settings(values)
@@ -114,4 +120,12 @@ def build_balance(studio: Studio) -> None:
     inputs = studio.inputs("cards", "prompt", "embed", "seed", *SAMPLING, "words_scale")
     studio.compute(draw.click, tab.draw, [gallery, studio.status], inputs, api_name="balance")
     taken = [*(card.num_tokens for card in studio.cards), studio.settings["tfg_scale"], studio.status]
-    gallery.select(tab.adopt, None, taken, show_progress="hidden", queue=False, api_visibility="private")
+    asked = studio.inputs("prompt", "cards")
+
+    def adopt(event: gr.SelectData, *inputs: Any) -> tuple:
+        return tab.adopt(list(asked), event, *inputs)
+
+    # queued, since only queued events show their errors
+    gallery.select(
+        adopt, list(asked.values()), taken, show_progress="hidden", preprocess=False, api_visibility="private"
+    )

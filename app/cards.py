@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vilex.codes import VilexCode, from_bytes, from_text, to_bytes
 from vilex.config import DEFAULT_TOKENS, WEIGHT_RANGE, GenerationConfig, check_range, range_of
-from vilex.images import load_image
+from vilex.images import check_fit, load_image
 from vilex.pipeline import VilexPipeline
 
 MAX_CARDS = 4
@@ -93,8 +93,7 @@ def check_card(card: CardInput) -> CardInput:
     check_range("num_tokens", card.num_tokens, range_of(GenerationConfig, "num_tokens"))
     if card.num_tokens != int(card.num_tokens):
         raise ValueError(f"num_tokens must be a whole number, got {card.num_tokens!r}")
-    if card.fit not in ("crop", "pad"):
-        raise ValueError(f"fit must be crop or pad, got {card.fit!r}")
+    check_fit(card.fit)
     return card
 
 

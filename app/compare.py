@@ -129,7 +129,7 @@ def tally(votes: Sequence[Vote]) -> str:
         return ""
     counts = Counter((vote.question, vote.closer) for vote in votes)
     arms = [*sorted({arm for vote in votes for arm in (vote.left, vote.right)}), "equal"]
-    rows = [[question, *(counts[question, arm] for arm in arms)] for question in QUESTIONS]
+    rows = [[text, *(counts[question, arm] for arm in arms)] for question, text in QUESTIONS.items()]
     return table.to_html("Votes so far", ["Question", *arms], rows)
 
 
@@ -240,7 +240,8 @@ def build_compare(studio: Studio) -> None:
     studio.compute(draw.click, tab.draw, outputs, inputs, api_visibility="private")
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # queued, since only queued events show their errors
-    vote.click(tab.vote, [trial, votes, *answers], [votes, trial, verdict, *answers], **quiet)
+    voted = vote.click(tab.vote, [trial, votes, *answers], [votes, trial, verdict, *answers], **quiet)
+    studio.say(voted, "The vote is counted.")
     forget.click(list, None, votes, **quiet)
     gr.on(None, show_votes, votes, [counts, text], **quiet)  # at the page's start and after each change
     download.click(None, text, None, js=_DOWNLOAD, api_visibility="private")

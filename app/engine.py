@@ -167,8 +167,13 @@ class Engine:
         return self._seconds([job for job in self._running if not job.is_over], self._steps_left)
 
     def _seconds(self, jobs: list[Job], num_steps: int) -> float:
-        rate = statistics.median(self._seconds_per_row) if self._seconds_per_row else 0.0
-        return rate * num_steps * sum(job.rows for job in jobs)
+        return self.seconds_per_row * num_steps * sum(job.rows for job in jobs)
+
+    @property
+    def seconds_per_row(self) -> float:
+        """Seconds that a row of a denoiser call took of late; 0 when nothing has been drawn yet."""
+        with self._lock:
+            return statistics.median(self._seconds_per_row) if self._seconds_per_row else 0.0
 
     def _work(self) -> None:
         try:

@@ -34,7 +34,7 @@ VIEWS = ("enlarged", "raw")
 PREVIEWS = 6  # pictures shown on the way to each result, beside the first
 _TFG_INFO = "1 is the plain mixture, more is for the words, 0 leaves it out"
 _WORDS_INFO = "Adds what the words alone ask for: 0 nothing, at 4 styles show, above less of the picture is left"
-_NO_WORDS, _NO_PICTURE = "Has no effect: the prompt has no words", "Has no effect without a picture and words"
+NO_WORDS, NO_PICTURE = "Has no effect: the prompt has no words", "Has no effect without a picture and words"
 _PREVIEW_SIZE = 64  # pixels, where no encoder says how many it reads
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Handlers:
             works = bool(cards) and has_words(prompt, len(cards), names_of(cards))
         except ValueError as error:
             return budget.note_html(str(error)), gr.skip(), gr.skip()
-        infos = (_TFG_INFO, _WORDS_INFO) if works else (_NO_WORDS if cards else _NO_PICTURE,) * 2
+        infos = (_TFG_INFO, _WORDS_INFO) if works else (NO_WORDS if cards else NO_PICTURE,) * 2
         return bar, *(gr.update(interactive=works, info=info) for info in infos)
 
     def generate(self, prompt: str, view: str, embed: bool = False, **values: Any) -> Iterator[tuple]:

@@ -1,5 +1,6 @@
 """The tab History: all results of this page, to look at and to bring back; and what survives a refresh."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -47,12 +48,12 @@ def wire_history(
         # a gallery out of sight tells no change
         added.then(None, shared, memories[0], js=save_js(page.remembered), **_QUIET)
     history.select(_pick, None, picked, queue=False, **_QUIET)
-    back.click(partial(_back, page), picked, page.outputs(), preprocess=False, **_QUIET)
     pictures = [part for card in panel.cards for part in (card.picture, card.word)]
+    back.click(partial(_back, page), [picked, *pictures], page.outputs(), preprocess=False, **_QUIET)
     panel.open.upload(partial(_open, page), [panel.open, *pictures], page.outputs(), preprocess=False, **_QUIET)
     for index, (card, extra) in enumerate(zip(panel.cards, panel.extras, strict=True)):
         restored = extra.restore.click(
-            partial(_restore, page, index), card.picture, page.outputs(), preprocess=False, **_QUIET
+            partial(_restore, page, index), [card.picture, *pictures], page.outputs(), preprocess=False, **_QUIET
         )  # fmt: skip
         restored.success(lambda: ("", gr.update(visible=False)), None, [card.note, extra.restore], **_QUIET)
     for memory, names in zip(memories, (page.remembered, OWN), strict=True):
@@ -72,16 +73,22 @@ def _pick(event: gr.SelectData) -> str:
     return event.value["image"]["path"]  # not its place, which new results move
 
 
-def _back(page: Page, picked: str | None) -> tuple:
+def _back(page: Page, picked: str | None, *cards: Any) -> tuple:
     with in_words():
         if not picked:
             raise ValueError("Pick a result first")
-    return bring_back(page, picked)
+    return bring_back(page, picked, _filled(cards))
 
 
 def _open(page: Page, file: dict[str, Any], *cards: Any) -> tuple:
-    return open_file(page, file["path"], [bool(cards[i] or cards[i + 1]) for i in range(0, len(cards), 2)])
+    return open_file(page, file["path"], _filled(cards))
 
 
-def _restore(page: Page, index: int, picture: dict[str, Any]) -> tuple:
-    return bring_back(page, picture["path"], {index})
+def _restore(page: Page, index: int, picture: dict[str, Any], *cards: Any) -> tuple:
+    filled = [is_filled and i != index for i, is_filled in enumerate(_filled(cards))]
+    return bring_back(page, picture["path"], filled, {index})
+
+
+def _filled(cards: Sequence[Any]) -> list[bool]:
+    """Which cards hold something, of the picture and the word of each."""
+    return [bool(picture or word) for picture, word in zip(cards[::2], cards[1::2], strict=True)]

@@ -15,7 +15,7 @@ from app.handlers import VIEWS, Handlers, check_choice
 from app.messages import Clock, duration, finished, in_words
 from app.studio import SAMPLING, Studio
 from app.workbench import card_choice, read_one, read_settings, read_whole, recipes_of, side_by_side
-from vilex.config import Range
+from vilex.config import Range, tokens_in_words
 from vilex.images import fit_image
 from vilex.pipeline import VilexPipeline
 from vilex.words import likeness, without
@@ -39,7 +39,7 @@ class Inspector:
         with in_words():
             pipeline, token = self.handlers.ready(), self._read(token)
             word = read_one(self.handlers, values, card)
-            status = finished(f"Read {len(word.vilex_tokens)} tokens of picture {card}.")
+            status = finished(f"Read {tokens_in_words(len(word.vilex_tokens))} of picture {card}.")
             return words_table(pipeline, word.vilex_tokens), *where(pipeline, word, token), status
 
     def look(self, card: str, token: int, **values: Any) -> tuple[Image.Image | None, str]:

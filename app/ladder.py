@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.events import Dependency
 from PIL import Image
 
-from app.cards import MAX_CARDS, PictureWord, read_card, take_cards
+from app.cards import PictureWord, read_card, take_cards
 from app.handlers import Handlers, Look, build_config
 from app.messages import Clock, duration, finished, in_words, working
 from app.pictures import build_versus, compare_two
@@ -68,6 +68,7 @@ def climb(handlers: Handlers, view: str, budgets: str, embed: bool = False, **va
         clock = Clock(len(_groups(handlers, rungs)) * config.num_inference_steps)
         results: list[Any] = [None] * MAX_RUNGS
         texts = [rung_html(rung) for rung in rungs] + [""] * (MAX_RUNGS - len(rungs))
+        yield *results, *texts, gr.skip()
         for group in _groups(handlers, rungs):
             started, places = clock.seconds, [rungs.index(rung) for rung in group]
             for images, status in _draw(handlers, word, group, config, clock):
@@ -144,9 +145,9 @@ def lay_out(handlers: Handlers, budgets: str, laid_out: Sequence[int]) -> tuple:
 
 
 def use(index: int, laid_out: Sequence[int]) -> tuple:
-    """The token count of that rung, for every card, and the status."""
+    """The token count of that rung and the status."""
     count = laid_out[index]
-    return *[count] * MAX_CARDS, finished(f"Every picture now speaks with at most {tokens_in_words(count)}.")
+    return count, finished(f"Picture A now speaks with at most {tokens_in_words(count)}.")
 
 
 def build_ladder(studio: Studio, arrival: gr.Textbox) -> list[gr.Image]:
@@ -208,9 +209,8 @@ def _wire(
         arrival.change, partial(climb_new, handlers), outputs, inputs, api_visibility="private",
         trigger_mode="always_last",
     )  # fmt: skip
-    counts = [card.num_tokens for card in studio.cards]
     for index, rung in enumerate(rungs):
-        rung.use.click(partial(use, index), laid_out, [*counts, studio.status], **SILENT)
+        rung.use.click(partial(use, index), laid_out, [first.num_tokens, studio.status], **SILENT)
 
 
 def _wire_versus(

@@ -45,6 +45,7 @@ def wire_link(studio: Studio, panel: Panel) -> None:
     made = studio.compute(
         panel.link.click, partial(share, studio.handlers), panel.linked, inputs, api_visibility="private"
     )  # fmt: skip
+    studio.say(made, "The link to this page is made.")
     made.success(None, panel.linked, panel.linked, js=_COPY, show_progress="hidden", api_visibility="private")
 
 

@@ -31,6 +31,13 @@ const toCard = (event, files) => {
   if (zone) zone.dataset.given = Date.now();
   give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
 };
+// a file that is no picture leaves the card as it was before
+const held = {};
+window.holdPicture = (card, picture) => {
+  const { now = null } = held[card] ?? {};
+  if (now?.path !== picture?.path) held[card] = { now: picture, before: now };
+};
+window.pictureBefore = (card) => held[card]?.before ?? null;
 // an example goes where a picture that is dropped beside the zones would
 window.takeExample = async (index) => {
   const address = document.querySelectorAll("#example-pictures img")[index].src;

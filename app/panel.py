@@ -8,15 +8,16 @@ from gradio.components import Component
 
 from app.cards import MAX_CARDS, MAX_NAME_CHARS, NAMES
 from app.download import ON_SPACES
-from app.handlers import MAX_COPIED, VIEWS, Handlers
+from app.handlers import MAX_COPIED, NO_PICTURE, VIEWS, Handlers
 from app.polish import build_polish
 from app.presets import build_presets, wire_presets
 from app.studio import Card
-from vilex.config import MAX_PROMPT_CHARS, MIX_SCALES, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
+from vilex.config import FITS, MAX_PROMPT_CHARS, MIX_SCALES, SCHEDULERS, WEIGHT_RANGE, GenerationConfig, range_of
 from vilex.diffusion import EmbeddedModel
 
 EMPTY_CARD = "Drop a picture here\n- or -\nClick to choose one"
 WORD_CARD = "This card holds a word\n- or -\nDrop a picture here to replace it"
+_FIT_LABELS = ("Its centre", "Its left or top", "Its right or bottom", "All of it, on white")
 _SOURCE = "Code of a picture, then Enter" if ON_SPACES else "Address (https://...) or code, then Enter"
 
 
@@ -78,21 +79,26 @@ def build_panel(
     bar = gr.HTML(label="Slots of the prompt", elem_id="budget")
     settings: dict[str, Component] = {}
     settings["tfg_scale"] = slider(
-        "tfg_scale", "Words against picture (TFG)", step=0.1, value=MIX_SCALES["tfg_scale"], maximum=10
+        "tfg_scale", "Words against picture (TFG)", step=0.1, value=MIX_SCALES["tfg_scale"], maximum=10, info=NO_PICTURE
     )
     settings["words_scale"] = slider(
-        "words_scale", "Words by themselves", step=0.1, value=MIX_SCALES["words_scale"], maximum=10
+        "words_scale", "Words by themselves", step=0.1, value=MIX_SCALES["words_scale"], maximum=10, info=NO_PICTURE
+    )
+    settings["num_images"] = slider(
+        "num_images", "Pictures at once", value=num_images, step=1, info="Each from a seed of its own"
     )
     with gr.Row(elem_id="buttons"):
         generate = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100, scale=3)
         stop = gr.Button("Stop", elem_id="stop", min_width=60, scale=1)
     with gr.Column(elem_id="settings"):
-        more, lock, dice, view, embed, model = _build_settings(handlers, steps, num_images, models)
+        preset, more, lock, dice, view, embed, model = _build_settings(handlers, steps, models)
         keep, kept, polish = _build_keeping(polish_seconds)
         link, linked = _build_linking()
+    settings |= more
+    wire_presets(preset, settings)
     cards, extras = [card for card, _ in built], [extra for _, extra in built]
     return Panel(
-        cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings | more, lock, dice, view, embed,
+        cards, extras, arrival, add, opened, prompt, bar, generate, stop, settings, lock, dice, view, embed,
         keep, kept, polish, link, linked, model,
     )  # fmt: skip
 
@@ -126,7 +132,7 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
                     elem_id="seen" if not index else None, alt_text=f"Picture {letter} as the encoder sees it",
                 )  # fmt: skip
                 fit = gr.Radio(
-                    [("Crop to the centre", "crop"), ("Keep all of it", "pad")], value="crop", scale=1, min_width=120,
+                    list(zip(_FIT_LABELS, FITS, strict=True)), value=FITS[0], scale=1, min_width=120,
                     label="What the encoder sees", elem_id=f"fit-{letter}",
                 )  # fmt: skip
             name = gr.Textbox(
@@ -137,8 +143,8 @@ def _build_card(handlers: Handlers, index: int) -> tuple[Card, CardExtras]:
 
 
 def _build_settings(
-    handlers: Handlers, steps: int, num_images: int, models: Sequence[str]
-) -> tuple[dict[str, Component], gr.Checkbox, gr.Button, gr.Radio, gr.Checkbox, gr.Dropdown]:
+    handlers: Handlers, steps: int, models: Sequence[str]
+) -> tuple[gr.Dropdown, dict[str, Component], gr.Checkbox, gr.Button, gr.Radio, gr.Checkbox, gr.Dropdown]:
     more: dict[str, Component] = {}
     with gr.Accordion("Settings", open=False, elem_id="more"):
         model = gr.Dropdown(
@@ -147,16 +153,17 @@ def _build_settings(
             info="Opens its page. Codes and .vilex files of a picture belong to the model that made them.",
         )  # fmt: skip
         preset = build_presets()
-        more["num_images"] = slider("num_images", "Pictures at once", value=num_images, step=1)
         with gr.Row(elem_id="seeds"):
             more["seed"] = gr.Number(0, label="Seed", precision=None, minimum=0, min_width=110, scale=1, elem_id="seed")
             lock = gr.Checkbox(False, label="Keep this seed", container=False, min_width=120, scale=1, elem_id="lock")
             dice = gr.Button("New seed", size="md", min_width=90, scale=1, elem_id="dice")
-        more["num_inference_steps"] = slider("num_inference_steps", "Steps", value=steps, step=1, maximum=100)
+        more["num_inference_steps"] = slider(
+            "num_inference_steps", "Steps", value=steps, step=1, maximum=100, info="Few are quick, many are clean"
+        )
         more["guidance_scale"] = slider("guidance_scale", "Guidance", step=0.1)
         more["negative_prompt"] = gr.Textbox(
             "", label="Negative prompt", max_length=MAX_PROMPT_CHARS,
-            info="What to move away from; no effect at guidance 1 without words by themselves",
+            info="What to move away from; the higher the guidance, the farther",
         )  # fmt: skip
         views = list(zip(["Enlarged", "As drawn"], VIEWS, strict=True))
         view = gr.Radio(views, value=VIEWS[0], label="Size of results", elem_id="view")
@@ -170,8 +177,7 @@ def _build_settings(
             )
             more["guidance_low"] = slider("guidance_low", "Guidance from noise level", step=0.05)
             more["guidance_high"] = slider("guidance_high", "Guidance to noise level", step=0.05)
-    wire_presets(preset, more)
-    return more, lock, dice, view, embed, model
+    return preset, more, lock, dice, view, embed, model
 
 
 def _build_keeping(polish_seconds: float | None) -> tuple[gr.Button, list[Component], tuple[gr.Slider, gr.Button]]:

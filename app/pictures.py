@@ -9,6 +9,7 @@ from app.cards import Upload, open_upload
 from app.handlers import Handlers
 from app.messages import in_words
 from app.studio import SAMPLING, SILENT, Studio
+from vilex.images import CENTRINGS
 
 RANDOM_SEED = "Math.floor(Math.random() * 1e6)"  # short enough to read and to tell
 NEW_SEED = f"(isKept, seed) => isKept ? seed : {RANDOM_SEED}"
@@ -78,6 +79,6 @@ def compare_two(picture: Upload, picked: Upload, fit: str) -> Any:
 
 def beside(image: Image.Image, size: tuple[int, int], fit: str) -> Image.Image:
     """A picture cropped or padded to the size of a result, as the encoder's view of it is."""
-    if fit == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    if fit in CENTRINGS:
+        return ImageOps.fit(image, size, Image.Resampling.LANCZOS, centering=CENTRINGS[fit])
     return ImageOps.pad(image, size, Image.Resampling.LANCZOS, "white")

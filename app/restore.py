@@ -30,7 +30,7 @@ from app.panel import Panel, schedulers
 from app.studio import Studio
 from vilex.codes import load_code
 from vilex.config import DEFAULT_TOKENS, MIXING, GenerationConfig, tokens_in_words
-from vilex.prompt import has_words
+from vilex.prompt import has_words, mentioned
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
 _log = logging.getLogger(__name__)
@@ -73,22 +73,35 @@ def build_page(studio: Studio, panel: Panel, shown: gr.State, history: gr.Galler
     return Page(studio.handlers, kept | panels | seen | rest, tuple(name for name in kept if name not in OWN))
 
 
-def from_recipe(handlers: Handlers, recipe: Recipe, cleared: Collection[int] = ()) -> Values:
-    """The page's values for drawing that picture again; cards in `cleared` and beyond its own lose their pictures.
+def from_recipe(
+    handlers: Handlers, recipe: Recipe, cleared: Collection[int] = (), filled: Sequence[bool] = (False,) * MAX_CARDS
+) -> Values:
+    """The page's values for drawing that picture again; cards in `cleared` lose their pictures.
 
-    A picture whose tokens the recipe does not carry stays the one in its card.
+    A picture whose tokens the recipe does not carry stays the one in its card. Further cards that are `filled` stay
+    too, and the prompt then names the recipe's own; but from words alone no card could stay.
     """
-    values: Values = {"prompt": recipe.prompt, "lock": True}
+    count = len(recipe.images)
+    kept = {i for i in range(count, MAX_CARDS) if filled[i]} if count else set()
+    values: Values = {"prompt": _naming_its_own(recipe) if kept else recipe.prompt, "lock": True}
     values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
     if not recipe.images or not has_words(recipe.prompt, len(recipe.images), [image.name for image in recipe.images]):
         for name in MIXING:  # which had no effect: the sliders stay where they are
             del values[name]
     values["scheduler"] = _usable_scheduler(handlers, recipe.config.scheduler)
     images = recipe.images[:MAX_CARDS]
-    for i in range(MAX_CARDS):
+    for i in set(range(MAX_CARDS)) - kept:
         values |= _card_values(handlers, i, images[i] if i < len(images) else None, i in cleared)
-    shown = [i < max(1, len(images)) for i in range(MAX_CARDS)]
+    shown = [i < max(1, len(images)) or i in kept for i in range(MAX_CARDS)]
     return values | _layout(shown)
+
+
+def _naming_its_own(recipe: Recipe) -> str:
+    """The prompt, with its pictures written out where it mentions none and so would take in any."""
+    names = [image.name for image in recipe.images]
+    if len(names) not in mentioned(recipe.prompt, len(names) + 1, [*names, ""]):
+        return recipe.prompt
+    return " ".join([*(f"[{usable_name(name, i)}]" for i, name in enumerate(names)), recipe.prompt]).strip()
 
 
 def _usable_scheduler(handlers: Handlers, name: str) -> str:
@@ -112,14 +125,17 @@ def _layout(shown: list[bool]) -> Values:
     return panels | {"shown": shown, "add": gr.update(visible=not all(shown))}
 
 
-def _tell_restored(recipe: Recipe, handlers: Handlers) -> None:
+def _tell_restored(recipe: Recipe, handlers: Handlers, source: str = "file", filled: Sequence[bool] = ()) -> None:
     """Says what is back, and not in the status line, which belongs to what is being drawn."""
     text = "The settings are back, the seed is kept."
-    lost = {NAMES[i]: image.fit for i, image in enumerate(recipe.images[:MAX_CARDS]) if not image.code}
+    if not recipe.images and any(filled):
+        text += " It was drawn from words alone, so the pictures went."
+    used = mentioned(recipe.prompt, len(recipe.images), [image.name for image in recipe.images])
+    lost = {NAMES[i]: image.fit for i, image in enumerate(recipe.images) if i in used and not image.code}
     again = "again, unless the card still holds it"
     for name, fit in lost.items():
         how = f"drop it in {again}" if fit else f"it was a word, open that {again}"
-        text += f" Picture {name} is not in the file: {how}."
+        text += f" Picture {name} is not in the {source}: {how}."
     other = differences(recipe, handlers.pipeline) if handlers.pipeline else ""
     tell(f"{text} {other}.".replace(" .", "") if other else text)
 
@@ -137,29 +153,32 @@ def open_file(page: Page, path: str, filled: list[bool]) -> tuple:
         recipe = load_recipe(path)
         if recipe is None:
             raise ValueError(f"{name} carries no settings; to use it as a picture, drop it on a picture card")
-        return _restored(page, recipe)
+        return _restored(page, recipe, filled=filled)
 
 
 def _word_values(handlers: Handlers, path: str, filled: list[bool]) -> Values:
-    code = load_code(path, handlers.ready().fingerprint)
+    try:
+        code = load_code(path, handlers.ready().fingerprint)
+    except ValueError as error:
+        raise ValueError(f"{Path(path).name}: {error}") from error
     index = filled.index(False) if not all(filled) else MAX_CARDS - 1
     count = len(code.vilex_tokens)
     tell(f"Picture {NAMES[index]} is now a word of {tokens_in_words(count)}.")
     return {card_key("word", index): pack(code), card_key("num_tokens", index): count}
 
 
-def bring_back(page: Page, path: str, cleared: Collection[int] = ()) -> tuple:
-    """The settings of a result. Raises gr.Error where it carries none."""
+def bring_back(page: Page, path: str, filled: Sequence[bool], cleared: Collection[int] = ()) -> tuple:
+    """The settings of a result; `filled`: which cards hold something. Raises gr.Error where it carries none."""
     with in_words():
         recipe = load_recipe(upload_path(path))
         if recipe is None:
             raise ValueError(f"{Path(path).name} carries no settings")
-        return _restored(page, recipe, cleared)
+        return _restored(page, recipe, filled, cleared)
 
 
-def _restored(page: Page, recipe: Recipe, cleared: Collection[int] = ()) -> tuple:
-    _tell_restored(recipe, page.handlers)
-    values = from_recipe(page.handlers, recipe, cleared)
+def _restored(page: Page, recipe: Recipe, filled: Sequence[bool], cleared: Collection[int] = ()) -> tuple:
+    _tell_restored(recipe, page.handlers, filled=filled)
+    values = from_recipe(page.handlers, recipe, cleared, filled)
     del values["num_images"]  # a result is one of those that were drawn at once
     return page.fill(values)
 
@@ -183,7 +202,7 @@ def _linked(handlers: Handlers, link: str) -> Values:
         recipe = from_link(link)
         values = from_recipe(handlers, recipe)
         handlers.read_cards(dict(values))  # as a request would: codes of another model are refused here
-        _tell_restored(recipe, handlers)
+        _tell_restored(recipe, handlers, "link")
     except ValueError as error:
         text = f"This link cannot be opened: {error}"
         gr.Warning(sentence(text).message, title="That did not work")

@@ -1,6 +1,7 @@
 """How pictures come into their cards: dropped, by address, as a code; and how cards come and go."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -8,20 +9,21 @@ from gradio.components import Component
 from gradio.events import Dependency
 from PIL import Image
 
-from app.cards import Upload, is_polished, open_upload, pack, unpack, was_polished
+from app.cards import NAMES, Upload, is_polished, open_upload, pack, unpack, was_polished
 from app.download import download
 from app.handlers import Handlers
 from app.messages import finished, in_words, sentence
 from app.panel import EMPTY_CARD, WORD_CARD, CardExtras, Panel
 from app.studio import Card
-from vilex.config import tokens_in_words
-from vilex.images import MAX_DECODES
+from vilex.config import FITS, tokens_in_words
+from vilex.images import CENTRINGS, MAX_DECODES, decode_image
 from vilex.recipe import load_recipe
 
 _LOOK = {
     "show_progress": "hidden", "concurrency_limit": MAX_DECODES, "concurrency_id": "look", "api_visibility": "private",
 }  # fmt: skip
 MOST_CUT = 0.2  # of a picture's longer side: where the encoder's crop takes more, the card says so
+_SHOWN_BY_BROWSERS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"})
 MAX_FETCHES = 8  # at once, apart from the pictures that are looked at: an address may be slow
 Shown = list[bool]  # which cards are on the page
 
@@ -46,7 +48,9 @@ def _wire_card(
     # queued, since only queued events show their errors; `input` comes once per picture, `change` sometimes twice
     sight = [card.seen, card.word, card.note, extra.restore]
     arrivals = [
-        card.picture.input(partial(arrive, handlers), [card.picture, card.fit], sight, preprocess=False, **_LOOK),
+        card.picture.input(
+            partial(arrive, handlers), [card.picture, card.fit], [card.picture, *sight], preprocess=False, **_LOOK
+        ),
         card.fit.input(
             partial(refit, handlers),
             [card.picture, card.fit],
@@ -57,11 +61,14 @@ def _wire_card(
         extra.source.submit(
             partial(fetch, handlers),
             [extra.source, card.fit],
-            [card.picture, extra.source, *sight],
+            [extra.source, card.picture, *sight],
             **(_LOOK | {"concurrency_limit": MAX_FETCHES, "concurrency_id": "fetch"}),
         ),
     ]
-    arrivals[0].failure(None, None, card.picture, js="() => null", **_quiet())  # what is no picture does not stay
+    card.picture.change(None, card.picture, None, js=f"(picture) => holdPicture({index}, picture)", **_quiet())
+    arrivals[0].failure(  # what is no picture does not stay, what was there before does
+        None, None, card.picture, js=f"() => pictureBefore({index})", **_quiet()
+    )  # fmt: skip
     word_came = card.word.change(
         partial(word_arrives, handlers, index), [card.word, shown, card.picture, card.fit],
         [card.picture, card.panel, shown, panel.add, *sight], preprocess=False, **_LOOK,
@@ -71,7 +78,9 @@ def _wire_card(
             announce(arrival, card.picture, panel.arrival)
         announce(word_came, card.word, panel.arrival, in_sight=True)  # else it is in the way of what is drawn next
     extra.remove.click(
-        partial(remove, index), shown, [card.picture, card.panel, shown, panel.add, *sight], queue=False, **_quiet()
+        partial(remove, index, handlers.max_tokens), shown,
+        [card.picture, card.panel, shown, panel.add, *sight, card.name, card.weight, card.num_tokens, card.fit],
+        queue=False, **_quiet(),
     )  # fmt: skip
 
 
@@ -86,9 +95,9 @@ def announce(event: Dependency, held: Component, arrival: gr.Textbox, in_sight: 
 
 
 def arrive(handlers: Handlers, picture: Upload, fit: str) -> tuple:
-    """What the encoder sees of a new picture, no word, a note, and whether its settings can be brought back."""
+    """A new picture as browsers show it, how the encoder sees it, no word, a note, whether it brings settings back."""
     seen, note, has_recipe = _see(handlers, picture, fit)
-    return seen, "", note, gr.update(visible=has_recipe)
+    return as_shown(picture), seen, "", note, gr.update(visible=has_recipe)
 
 
 def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
@@ -99,6 +108,15 @@ def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
     return seen, "", note
 
 
+def as_shown(picture: Upload) -> Any:
+    """The path of a PNG of a picture that browsers do not show, such as a TIFF; no change for any other."""
+    path = Path(picture["path"]) if picture else None
+    if path is None or path.suffix.lower() in _SHOWN_BY_BROWSERS:
+        return gr.skip()
+    decode_image(path).save(shown := path.with_suffix(".png"))
+    return str(shown)
+
+
 def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | None, str, bool]:
     with in_words():
         if picture is None:
@@ -106,8 +124,10 @@ def _see(handlers: Handlers, picture: Upload, fit: str) -> tuple[Image.Image | N
         notes: list[str] = []
         image = open_upload(picture, lambda note: notes.append(f"{note}."))
         share = min(image.size) / max(image.size)
-        is_cut = fit == "crop" and share < 1 - MOST_CUT
-        notes += [f"Only its middle {share:.0%} is used: “Adjust picture” can keep all of it."] if is_cut else []
+        if fit in CENTRINGS and share < 1 - MOST_CUT:
+            notes.append(
+                f"Only {share:.0%} of its length is used: “Adjust picture” can move the crop or keep all of it."
+            )
         has_recipe = carries_recipe(picture["path"])
         notes += ["This picture carries the settings that made it."] if has_recipe else []
         return handlers.seen(image, fit), "".join(map(finished, notes)), has_recipe
@@ -122,16 +142,17 @@ def carries_recipe(path: str) -> bool:
 
 
 def fetch(handlers: Handlers, source: str, fit: str) -> tuple:
-    """The picture at an address, or the word of a code: picture, emptied source, then what `arrive` gives."""
+    """The picture at an address, or the word of a code: emptied source, picture, then what `arrive` gives of it."""
     with in_words():
         text = source.strip()
         if not text:
             return (gr.skip(),) * 6
         if not text.lower().startswith(("http:", "https:", "ftp:", "file:")):
             word = pack(unpack(text, handlers.ready().fingerprint))
-            return None, "", None, word, gr.skip(), gr.skip()
+            return "", None, None, word, gr.skip(), gr.skip()
         path = download(text)
-        return path, "", *arrive(handlers, {"path": path}, fit)
+        shown, *sight = arrive(handlers, {"path": path}, fit)
+        return "", shown if isinstance(shown, str) else path, *sight
 
 
 def word_arrives(
@@ -166,8 +187,8 @@ def show_next(shown: Shown) -> tuple:
     return *(gr.update(visible=is_shown) for is_shown in shown), shown, gr.update(visible=not all(shown))
 
 
-def remove(index: int, shown: Shown) -> tuple:
-    """The card emptied and taken off the page."""
+def remove(index: int, max_tokens: int, shown: Shown) -> tuple:
+    """The card emptied, taken off the page and at its usual settings again."""
     shown = [is_shown and i != index for i, is_shown in enumerate(shown)]
     hidden = gr.update(visible=False)
-    return None, hidden, shown, gr.update(visible=True), None, "", "", hidden
+    return None, hidden, shown, gr.update(visible=True), None, "", "", hidden, NAMES[index], 1, max_tokens, FITS[0]

@@ -1,5 +1,6 @@
 """What all tabs of the page share: the components on the left, and how a listener that computes is wired."""
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
@@ -12,6 +13,7 @@ from gradio.events import Dependency
 
 from app.cards import CARD_FIELDS, card_key
 from app.handlers import Handlers
+from app.messages import finished
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "scheduler", "guidance_low", "guidance_high", "negative_prompt")
 COMPUTE = {"concurrency_id": "compute", "concurrency_limit": 24}  # requests that the engine may see at once
@@ -84,6 +86,13 @@ class Studio:
         self.jobs.append(event)
         self._say_stopped(event)
         return event
+
+    def say(self, event: Dependency, text: str) -> None:
+        """Has the status line tell how an event ended that says nothing of it."""
+        event.success(
+            None, None, self.status, js=f"() => {json.dumps(finished(text))}", show_progress="hidden",
+            api_visibility="private",
+        )  # fmt: skip
 
     def _say_stopped(self, event: Dependency) -> None:
         """Says so when an event was stopped, once the page takes the next one.

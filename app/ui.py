@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def build_demo(
 
 
 def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Sequence[str]) -> None:
-    gr.HTML(_header(handlers, notes), elem_id="header")
+    header = gr.HTML(_header(handlers, notes), elem_id="header")
     with gr.Row(elem_id="sides"):
         with gr.Column(scale=5, min_width=300, elem_id="left"):
             panel = build_panel(handlers, notes.steps, notes.num_images, notes.polish_seconds, models)
@@ -90,6 +90,7 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
             studio, results, history = _build_results(handlers, panel)
             _build_examples(panel)
     gr.HTML(_footer(handlers, notes), elem_id="small-print")
+    demo.load(lambda: _header(handlers, _of_late(handlers, notes)), None, header, **SILENT)
     shown = _wire(demo, studio, panel)
     page = build_page(studio, panel, shown, history[0])
     loaded = wire_history(demo, studio, panel, page, *history[1:], results)
@@ -156,9 +157,8 @@ def _example_files() -> list[Path]:
 def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
     """Every event outside the tabs; gives the state of which cards are on the page."""
     handlers, first, extra = studio.handlers, panel.cards[0], panel.extras[0]
-    studio.compute(
-        panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode",
-    )  # fmt: skip
+    kept = studio.compute(panel.keep.click, handlers.encode, panel.kept, first.inputs(0), api_name="encode")
+    studio.say(kept, "Picture A is kept as a word: its file lies under the button.")
     wire_polish(studio, *panel.polish)
     wire_link(studio, panel)
     # A page runs the listeners of one event in the order they were made: what a new picture makes obsolete
@@ -177,6 +177,12 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
     )  # fmt: skip
     panel.dice.click(None, None, panel.settings["seed"], js=f"() => {RANDOM_SEED}", api_visibility="private")
     return shown
+
+
+def _of_late(handlers: Handlers, notes: Notes) -> Notes:
+    """What is known of the machine, by what was drawn since the start: at the start it may have been busy."""
+    seconds = 2 * handlers.engine.seconds_per_row if handlers.engine else 0.0
+    return replace(notes, seconds_per_step=seconds) if seconds and notes.seconds_per_step else notes
 
 
 def _header(handlers: Handlers, notes: Notes) -> str:

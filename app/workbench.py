@@ -7,10 +7,11 @@ from typing import Any
 import gradio as gr
 from torch import Tensor
 
-from app.cards import CARD_FIELDS, NAMES, PictureWord, card_key
-from app.handlers import Handlers, build_config
+from app.cards import CARD_FIELDS, MAX_CARDS, NAMES, PictureWord, card_key, names_of, take_cards
+from app.handlers import Handlers, build_config, text_of
 from vilex.config import GenerationConfig, Range, check_range
 from vilex.pipeline import VilexPipeline
+from vilex.prompt import mentioned
 from vilex.recipe import Recipe, build_recipe, build_recipe_image
 from vilex.sampling import Conditions
 from vilex.t2i import Conditioning
@@ -33,6 +34,13 @@ def read_one(handlers: Handlers, values: Mapping[str, Any], card: object, full: 
     if not words:
         raise ValueError(f"Picture {card} is empty: give it a picture first")
     return words[0]
+
+
+def tokens_of_used(count: int, prompt: str, values: Mapping[str, Any]) -> list[Any]:
+    """The token count for each card whose picture stands in the prompt, no change for the others."""
+    held = [i for i in range(MAX_CARDS) if any(values[card_key(field, i)] for field in ("picture", "word"))]
+    used = {held[i] for i in mentioned(text_of(prompt), len(held), names_of(take_cards(dict(values))))}
+    return [count if i in used else gr.skip() for i in range(MAX_CARDS)]
 
 
 def read_settings(values: Mapping[str, Any]) -> GenerationConfig:

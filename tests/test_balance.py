@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from app.balance import MOST_STEPS, Balance
-from app.cards import pack
+from app.cards import MAX_CARDS, card_key, pack
 from vilex.codes import VilexCode
 from vilex.config import GenerationConfig
 from vilex.recipe import load_recipe
@@ -67,9 +67,13 @@ def test_each_thumbnail_is_what_its_settings_draw(tab, one, picture, words_scale
         assert [(image.num_tokens, image.code) for image in recipe.images] == [(num_tokens, "")]
 
 
-def test_a_click_takes_both_settings_over(tab):
-    *counts, tfg_scale, status = tab.adopt(SimpleNamespace(index=9))
-    assert counts == [4] * 4 and tfg_scale == 3 and "4 tokens, TFG 3" in status
+@pytest.mark.parametrize(("prompt", "used"), [("<image>, at night", [0]), ("at night", [0, 1]), ("[B] red", [1])])
+def test_a_click_takes_both_settings_over_for_the_pictures_in_the_prompt(tab, cards, prompt, used):
+    empty = {card_key(name, i): value for i in range(MAX_CARDS) for name, value in (("picture", None), ("word", ""))}
+    inputs = {"prompt": prompt} | empty | cards
+    *counts, tfg_scale, status = tab.adopt(list(inputs), SimpleNamespace(index=9), *inputs.values())
+    assert counts == [4 if i in used else gr.skip() for i in range(MAX_CARDS)]
+    assert tfg_scale == 3 and "4 tokens, TFG 3" in status
 
 
 @pytest.mark.parametrize("prompt", ["", "<image>", "[A]"])

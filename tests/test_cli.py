@@ -424,7 +424,7 @@ BAD_INPUTS = [
     (("vary", "dog.png", "--count", "2", "--seed", "4294967295"), "Error: seed + num_images must not exceed 2^32"),
     (("vary", "dog.png", "--guidance", "nan"), "Error: guidance_scale must be a number, got nan"),
     (("vary", "dog.png", "--steps", "0"), "0 is not in the range 1<=x<=100"),
-    (("vary", "dog.png", "--fit", "stretch"), "'stretch' is not one of 'crop', 'pad'"),
+    (("vary", "dog.png", "--fit", "stretch"), "'stretch' is not one of 'crop', 'start', 'end', 'pad'"),
     (("vary", "dog.png", "--out", "dog.png"), "'dog.png' is a file"),
     (("reconstruct", "dog.png", "--tokens", "1,x"), "'1,x' is not a list of whole numbers such as 1,4,16"),
     (("reconstruct", "dog.png", "--tokens", "0,4"), "every number must be between 1 and 511"),

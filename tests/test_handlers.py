@@ -114,9 +114,9 @@ def test_new_budgets_get_their_columns_and_bad_or_equal_ones_change_nothing(hand
         assert all(map(is_skipped, ladder.lay_out(handlers, text, [1, 16, 75])))
 
 
-def test_use_sets_the_tokens_of_every_card():
-    *counts, status = ladder.use(1, [1, 16])
-    assert counts == [16] * 4 and "16 tokens" in status
+def test_use_sets_the_tokens_of_the_picture_that_was_rebuilt():
+    count, status = ladder.use(1, [1, 16])
+    assert count == 16 and "Picture A now speaks with at most 16 tokens" in status
 
 
 def test_status_counts_steps_and_time(handlers, upload):
@@ -314,7 +314,7 @@ BAD_NUMBERS = [
     ({"prompt": "x" * 10_000}, "The prompt has 10000 characters, the limit is 1000"),
     ({"prompt": None}, "The prompt must be text, got NoneType"),
     ({"prompt": "<image:2>"}, "&lt;image:2&gt; asks for an image that is not there"),
-    ({"fit": "squeeze"}, "fit must be crop or pad, got 'squeeze'"),
+    ({"fit": "squeeze"}, "fit must be one of crop, start, end, pad, got 'squeeze'"),
     ({"view": "huge"}, "view must be one of enlarged, raw, got 'huge'"),
     ({"volume": 11}, "GenerationConfig has no setting 'volume'"),
 ]

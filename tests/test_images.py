@@ -343,7 +343,7 @@ def test_a_very_long_picture_can_be_padded():
     "size, fit, background, message",
     [
         (0, "crop", "white", "size must be at least 1 pixel, got 0"),
-        (8, "zoom", "white", "fit must be crop or pad, got 'zoom'"),
+        (8, "zoom", "white", "fit must be one of crop, start, end, pad, got 'zoom'"),
         (8, "pad", "pink", "background must be one of white, grey, black, got 'pink'"),
     ],
 )

@@ -19,8 +19,9 @@ from app.panel import EMPTY_CARD, WORD_CARD
 from app.restore import Page
 from vilex.codes import load_code
 from vilex.config import MIXING, GenerationConfig
+from vilex.images import load_image
 from vilex.pipeline import VilexPipeline
-from vilex.prompt import parse
+from vilex.prompt import mentioned, parse
 from vilex.recipe import load_recipe
 
 assert app
@@ -56,6 +57,9 @@ def named(page: Page, updates: tuple) -> dict[str, object]:
     return {name: value for name, value in zip(page.targets, updates, strict=True) if value != gr.skip()}
 
 
+EMPTY = [False] * MAX_CARDS
+
+
 def draw(handlers: Handlers, upload: dict, **changes: object) -> str:
     settings = {"view": "raw", "seed": 5, "num_inference_steps": 2, "num_images": 1} | changes
     [(path, _)] = list(handlers.generate(prompt="[corgi] a dog", picture=upload, name="corgi", **settings))[-1][0]
@@ -64,7 +68,7 @@ def draw(handlers: Handlers, upload: dict, **changes: object) -> str:
 
 def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload, told):
     path = draw(handlers, upload, embed=True, weight=0.5, num_tokens=3, tfg_scale=2.0)
-    values = named(page, restore.bring_back(page, path, cleared={0}))
+    values = named(page, restore.bring_back(page, path, EMPTY, cleared={0}))
     assert values["prompt"] == "[corgi] a dog" and values["tfg_scale"] == 2.0 and values["lock"] is True
     assert (values["name"], values["weight"], values["num_tokens"], values["picture"]) == ("corgi", 1.0, 3, None)
     assert "num_images" not in values
@@ -76,13 +80,34 @@ def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload,
     assert told == ["The settings are back, the seed is kept."]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "restored"),
+    [("", "[A]"), ("a dog", "[A] a dog"), ("<image> a dog", "<image> a dog"), ("[A] a dog", "[A] a dog")],
+)
+def test_pictures_that_a_result_was_drawn_without_stay_and_stay_out(handlers, page, upload, told, prompt, restored):
+    [(path, _)] = list(handlers.generate(prompt, "raw", picture=upload, name="A", num_images=1, num_inference_steps=1))[
+        -1
+    ][0]
+    values = named(page, restore.bring_back(page, path, [True, True, False, False]))
+    assert values["prompt"] == restored and values["shown"] == [True, True, False, False]
+    assert not values.keys() & {"picture", "seen_1", *(card_key(name, 1) for name in CARD_FIELDS)}
+    assert mentioned(values["prompt"], 2, ["A", "B"]) == {0}
+
+
+def test_pictures_go_where_a_result_was_drawn_from_words_alone(handlers, page, told):
+    [(path, _)] = list(handlers.generate("a dog", "raw", num_images=1, num_inference_steps=1))[-1][0]
+    values = named(page, restore.bring_back(page, path, [False, True, False, False]))
+    assert values["prompt"] == "a dog" and values["picture_2"] is None and values["word_2"] == ""
+    assert told[0].endswith("It was drawn from words alone, so the pictures went.")
+
+
 def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page, upload, told):
     path = draw(handlers, upload, weight=0.5, num_tokens=3)
     assert all(not image.code for image in load_recipe(path).images)
-    values = named(page, restore.bring_back(page, path))
+    values = named(page, restore.bring_back(page, path, EMPTY))
     assert (values["weight"], values["num_tokens"]) == (0.5, 3) and "picture" not in values
     assert "Picture A is not in the file" in told[0]
-    assert named(page, restore.bring_back(page, path, cleared={0}))["picture"] is None
+    assert named(page, restore.bring_back(page, path, EMPTY, cleared={0}))["picture"] is None
 
 
 @pytest.mark.parametrize(
@@ -101,7 +126,7 @@ def test_names_of_files_come_back_where_a_prompt_can_use_them(handlers, page, up
 
 def test_a_result_of_tokens_that_no_picture_gives_asks_for_the_word(handlers, page, upload, told):
     word = pack_polished(load_code(handlers.encode(picture=upload, num_tokens=2)[0]), upload, "pad")
-    values = named(page, restore.bring_back(page, draw(handlers, upload, word=word, fit="pad")))
+    values = named(page, restore.bring_back(page, draw(handlers, upload, word=word, fit="pad"), EMPTY))
     assert "fit" not in values and "word" not in values  # so that the card goes on with its polished picture
     assert told[0].endswith(
         "Picture A is not in the file: it was a word, open that again, unless the card still holds it."
@@ -119,7 +144,7 @@ def test_a_vilex_file_goes_to_the_first_empty_card(handlers, page, upload, told)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.vilex", b"nothing", "this is not a readable .vilex file"),
+        ("a.vilex", b"nothing", "a.vilex: this is not a readable .vilex file"),
         ("plain.png", None, "plain.png carries no settings; to use it as a picture, drop it on a picture card"),
         ("broken.png", b"", "broken.png carries no settings"),
     ],
@@ -252,7 +277,7 @@ def test_requests_that_name_files_of_the_server_are_refused(handlers, page, uplo
         lambda: handlers.look({"path": str(linked)}, "crop"),
         lambda: handlers.look({"path": "gone\0.png"}, "crop"),
         lambda: pictures.compare(handlers, [{"image": {"path": secret}}], upload, "crop", 0),
-        lambda: restore.bring_back(page, secret),
+        lambda: restore.bring_back(page, secret, EMPTY),
         lambda: restore.open_file(page, secret, [False] * 4),
         lambda: restore.open_file(page, word, [False] * 4),
     ]
@@ -262,32 +287,41 @@ def test_requests_that_name_files_of_the_server_are_refused(handlers, page, uplo
 
 
 def test_a_dropped_result_offers_its_settings(handlers, upload):
-    seen, word, note, button = sources.arrive(handlers, upload, "pad")
-    assert seen.size == (32, 32) and (word, note) == ("", "") and button["visible"] is False
-    _, _, note, button = sources.arrive(handlers, {"path": draw(handlers, upload)}, "crop")
+    picture, seen, word, note, button = sources.arrive(handlers, upload, "pad")
+    assert picture == gr.skip() and seen.size == (32, 32) and (word, note) == ("", "") and button["visible"] is False
+    *_, note, button = sources.arrive(handlers, {"path": draw(handlers, upload)}, "crop")
     assert "settings that made it" in note and button["visible"] is True
 
 
 def test_a_card_says_when_the_encoder_sees_only_a_part(handlers, upload):
-    assert "Only its middle 67% is used" in sources.arrive(handlers, upload, "crop")[2]  # of 48x32 pixels
-    assert "Only its middle 67% is used" in sources.refit(handlers, upload, "crop")[2]
+    assert "Only 67% of its length is used" in sources.arrive(handlers, upload, "crop")[3]  # of 48x32 pixels
+    assert "Only 67% of its length is used" in sources.refit(handlers, upload, "crop")[2]
     with Image.open(upload["path"]) as picture:
         picture.resize((40, 36)).save(upload["path"])
-    assert sources.arrive(handlers, upload, "crop")[2] == ""
+    assert sources.arrive(handlers, upload, "crop")[3] == ""
+
+
+def test_a_scan_that_browsers_do_not_show_comes_as_a_png_of_the_same_pixels(handlers, upload):
+    scan = Path(upload["path"]).with_suffix(".tiff")
+    with Image.open(upload["path"]) as picture:
+        picture.save(scan)
+    shown, seen, *_ = sources.arrive(handlers, {"path": str(scan)}, "crop")
+    assert Path(shown).suffix == ".png" and load_image(shown).tobytes() == load_image(scan).tobytes()
+    assert handlers.look({"path": shown}, "crop").tobytes() == seen.tobytes()
 
 
 def test_a_card_says_what_was_done_to_its_file(handlers, upload):
     frames = [Image.new("RGBA", (20, 20), (255, 255, 255, alpha)) for alpha in (0, 255)]
     frames[0].paste("white", (4, 4, 9, 9))
     frames[0].save(upload["path"], save_all=True, append_images=frames[1:])
-    note = sources.arrive(handlers, upload, "crop")[2]
+    note = sources.arrive(handlers, upload, "crop")[3]
     assert "corner.png has several frames or pages; the first one is used." in note
     assert "corner.png is white on nothing: it is laid on grey." in note
 
 
 def test_a_code_shows_its_card_and_a_foreign_one_is_refused(handlers, upload):
     path, text = handlers.encode(picture=upload, num_tokens=2)
-    picture, _, seen, word, *_ = sources.fetch(handlers, f"  {text}\n", "crop")
+    _, picture, seen, word, *_ = sources.fetch(handlers, f"  {text}\n", "crop")
     assert picture is seen is None  # a picture in the card is not rebuilt once more
     picture, panel, shown, add, seen, _, note, _ = sources.word_arrives(handlers, 1, word, [True, False, False, False])
     assert (picture["value"], picture["placeholder"]) == (None, WORD_CARD) and panel["visible"]
@@ -336,5 +370,6 @@ def test_cards_come_one_by_one_and_go(handlers):
     assert shown == [True, True, True, False] and add["visible"] and panels[1]["visible"]
     *_, shown, add = sources.show_next(shown)
     assert shown == [True] * 4 and not add["visible"]
-    picture, panel, shown, add, *_ = sources.remove(2, shown)
+    picture, panel, shown, add, *_, name, weight, num_tokens, fit = sources.remove(2, 75, shown)
+    assert (name, weight, num_tokens, fit) == ("C", 1, 75, "crop")
     assert picture is None and not panel["visible"] and shown == [True, True, False, True] and add["visible"]

@@ -158,9 +158,13 @@ def mix(
     """
     inputs = find_inputs(photos)
     weight_of = _spread(weights, inputs)
-    desk = open_desk(engine, output)
-    from vilex.prompt import count_placeholders, has_words
+    from vilex.prompt import count_placeholders, has_words, unknown_names
 
+    unknown = unknown_names(prompt, list(inputs))
+    if unknown and not count_placeholders(prompt) and not any(f"[{stem}]" in prompt for stem in inputs):
+        named = ", ".join(f"[{stem}]" for stem in inputs)
+        raise ValueError(f"[{unknown[0]}] is the name of no picture, and the prompt has no other: there is {named}")
+    desk = open_desk(engine, output)
     if not has_words(prompt, len(inputs), list(inputs)):  # the command's own scales have no effect: nobody gave them
         source = click.get_current_context().get_parameter_source
         unasked = [name for name in MIX_SCALES if source(name) is ParameterSource.DEFAULT]

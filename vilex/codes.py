@@ -160,7 +160,7 @@ def _parse(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"this is not a readable .vilex file: {error}") from error
+        raise ValueError("this is not a readable .vilex file") from error
     header_size = int.from_bytes(data[:8], "little")  # safetensors reads metadata from files only
     return json.loads(data[8 : 8 + header_size]).get("__metadata__", {}), tensors
 

@@ -16,6 +16,12 @@ MAX_TOKENS = 511  # of any model: 512 positions of T5 less EOS; each model has i
 DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
 MAX_PROMPT_CHARS = 1000
 DEFAULT_MODEL = "mini"
+FITS = (
+    "crop",
+    "start",
+    "end",
+    "pad",
+)  # how a picture becomes square: its centre, left or top, right or bottom, all of it
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 

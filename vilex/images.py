@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
+from vilex.config import FITS
+
 MIN_SIDE = 16  # pixels; below it there is nothing to see
 MAX_SIDE = 2048  # pixels of the longest side that load_image returns
 MAX_PIXELS = 40_000_000  # a header that promises more is refused; VILEX_MAX_PIXELS overrides
@@ -26,10 +28,12 @@ SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", 
 
 _FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's JPEG plugin also opens MPO
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+CENTRINGS = {"crop": (0.5, 0.5), "start": (0.0, 0.0), "end": (1.0, 1.0)}  # of those FITS that cut a picture's edges off
 _NEARLY_WHITE, _LOST_SHARE = 240, 0.98  # level of the darkest channel; share of what is opaque
 _GREY_SCALES = (255, 65535)  # white of 8-bit and 16-bit data; beyond them the peak is white
 _decoding = threading.BoundedSemaphore(MAX_DECODES)
 
+Fit = Literal["crop", "start", "end", "pad"]
 Source = str | Path | bytes | BinaryIO | Image.Image
 
 
@@ -261,19 +265,24 @@ def _suffixes() -> str:
 
 
 def fit_image(
-    image: Image.Image, size: int, fit: Literal["crop", "pad"] = "crop", background: str = "white"
-) -> Image.Image:
-    """What the encoder sees: `image` as a square of `size` pixels, its centre cropped or the whole padded.
+    image: Image.Image, size: int, fit: Fit = "crop", background: str = "white"
+) -> Image.Image:  # fmt: skip
+    """What the encoder sees: `image` as a square of `size` pixels, cropped as `fit` says or the whole padded.
 
     Raises ValueError on a size below 1, an unknown fit or background.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    check_fit(fit)
     if fit == "pad":
         return _pad(image, size, _fill(background))
-    raise ValueError(f"fit must be crop or pad, got {fit!r}")
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS, centering=CENTRINGS[fit])
+
+
+def check_fit(fit: object) -> None:
+    """Raises ValueError unless it is one of FITS."""
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {', '.join(FITS)}, got {fit!r}")
 
 
 def _pad(image: Image.Image, size: int, fill: tuple[int, int, int]) -> Image.Image:

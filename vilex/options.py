@@ -12,7 +12,7 @@ import click
 import torch
 
 from vilex.codes import TEXT_PREFIX
-from vilex.config import MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, PolishConfig, range_of
+from vilex.config import FITS, MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, PolishConfig, range_of
 
 _log = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ photo_options = _stack(
     click.argument("photos", nargs=-1, required=True, metavar="PHOTO...", type=_photo),
     click.option(
         "--fit",
-        type=click.Choice(["crop", "pad"]),
+        type=click.Choice(FITS),
         default="crop",
-        help="How a picture becomes square: its edges cut off, or white added.",
+        help="How a picture becomes square: cut to its centre (crop), to its left or top (start), to its right or "
+        "bottom (end), or white added (pad).",
     ),
 )
 out_option = click.option(

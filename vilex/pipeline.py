@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from PIL import Image
@@ -25,7 +25,7 @@ from vilex.config import (
 )
 from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
-from vilex.images import fit_image, to_images, to_pixels
+from vilex.images import Fit, fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
 from vilex.polish import PolishStep, polish_steps, spell
 from vilex.prompt import (
@@ -41,7 +41,6 @@ from vilex.sampling import Conditions, OnStep, Step, sample_steps
 from vilex.t2i import INDEX_NAME
 from vilex.vocabulary import Vocabulary
 
-Fit = Literal["crop", "pad"]
 OnPolish = Callable[[int, int, float], None]
 Word = Image.Image | Tensor  # a picture, or its ViLex tokens (N,D)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from textwrap import shorten as shorten_text
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 _TERM = r'\s*([-−–+])\s*["“”]([^"“”]+)["“”]'  # phones write other dashes and quotes than keyboards
 _SLOT = re.compile(rf"(?:<image(?::(\d+))?>|\[([^][<>]+)\])((?:{_TERM})*)")
 _override_lock = threading.RLock()
+
+_MOST_NAMED = 80  # characters of the words that did not fit, in a message
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class ComposedPrompt:
         ]
         parts += [f"[{name}] is no picture's name: it is read as words" for name in self.unknown]
         if self.cut_words:
-            parts.append(f"the last words did not fit: {self.cut_words!r}")
+            parts.append(
+                f"the last words did not fit: {shorten_text(self.cut_words, _MOST_NAMED, placeholder=' ...')!r}"
+            )
         return "; ".join(parts)
 
     def _label(self, index: int) -> str:
@@ -225,11 +230,12 @@ def compose(
         cut_words=tokenizer.decode(words[num_words:]).strip(),
         segments=tuple(kept[s] if isinstance(s, int) else s for s in segments),
         names=tuple(names),
-        unknown=_unknown_names(text, names) if vilex_tokens else (),
+        unknown=unknown_names(text, names) if vilex_tokens else (),
     )
 
 
-def _unknown_names(text: str, names: Sequence[str]) -> tuple[str, ...]:
+def unknown_names(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """What stands in brackets in the prompt and is no image's name."""
     found = [match[2] for match in _SLOT.finditer(text) if match[2] is not None]
     return tuple(dict.fromkeys(name for name in found if name not in names))
 

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from vilex import __version__
 from vilex.codes import VilexCode, from_text, to_text
-from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, MAX_TOKENS, WEIGHT_RANGE, Config, GenerationConfig, setting
+from vilex.config import (
+    DEFAULT_TOKENS,
+    FITS,
+    MAX_PROMPT_CHARS,
+    MAX_TOKENS,
+    WEIGHT_RANGE,
+    Config,
+    GenerationConfig,
+    setting,
+)
 
 if TYPE_CHECKING:
     from vilex.pipeline import VilexPipeline
@@ -63,7 +72,8 @@ class RecipeImage(Config):
     code: str = ""
 
     def rules(self) -> list[str]:
-        broken = [] if self.fit in ("crop", "pad", "") else [f"fit must be crop, pad or empty, got {self.fit!r:.40}"]
+        rule = f"fit must be one of {', '.join(FITS)} or empty"
+        broken = [] if self.fit in (*FITS, "") else [f"{rule}, got {self.fit!r:.40}"]
         return broken + _too_long({"name": self.name})
 
     def tokens(self, fingerprint: str) -> Tensor | None:
