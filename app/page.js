@@ -38,13 +38,19 @@ window.holdPicture = (card, picture) => {
   if (now?.path !== picture?.path) held[card] = { now: picture, before: now };
 };
 window.pictureBefore = (card) => held[card]?.before ?? null;
-// an example goes where a picture that is dropped beside the zones would
-window.takeExample = async (index) => {
-  const address = document.querySelectorAll("#example-pictures img")[index].src;
+// examples and picked results go where a picture that is dropped beside the zones would
+const toCardFrom = async (address) => {
   const answer = await fetch(address);
   if (!answer.ok) return;
   const content = await answer.blob();
-  toCard(new Event("example"), [new File([content], address.split("/").pop(), { type: content.type })]);
+  toCard(new Event("taken"), [new File([content], address.split("/").pop(), { type: content.type })]);
+};
+window.takeExample = (index) => toCardFrom(document.querySelectorAll("#example-pictures img")[index].src);
+window.takePicked = async (gallery) => {
+  const picked = document.querySelector(`#${gallery} .thumbnail-lg.selected img`);
+  if (!picked) return "<p>Pick a result first: click it.</p>";
+  await toCardFrom(picked.src);
+  return "<p>The result is a picture now.</p>";
 };
 document.addEventListener("paste", (event) => toCard(event, [...(event.clipboardData?.files ?? [])]), true);
 // gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them

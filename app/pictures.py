@@ -26,6 +26,7 @@ def build_gallery() -> gr.Gallery:
 def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> None:
     """Lays out the tab and wires Generate to it, which draws a new seed first unless `lock` is on."""
     studio.gallery.render()
+    build_take(studio, "gallery")
     slider = build_versus("versus")
     inputs = studio.inputs(
         "prompt", "view", "embed", "cards", "num_images", "tfg_scale", "seed", *SAMPLING, "words_scale"
@@ -44,6 +45,15 @@ def build_pictures(studio: Studio, generate: gr.Button, lock: gr.Checkbox) -> No
     studio.gallery.select(
         pick, [studio.gallery, studio.cards[0].picture, studio.cards[0].fit], slider,
         show_progress="hidden", preprocess=False, api_visibility="private",
+    )  # fmt: skip
+
+
+def build_take(studio: Studio, gallery: str) -> None:
+    """A button that puts what is picked in the gallery of that id into a card, as an example would go."""
+    take = gr.Button("Use the picked one as a picture", size="md", elem_id=f"take-from-{gallery}")
+    take.click(
+        None, None, studio.status, js=f"() => takePicked('{gallery}')", show_progress="hidden",
+        api_visibility="private",
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from app.link import wire_link
 from app.messages import duration
 from app.models import page_path
 from app.panel import Panel, build_panel
-from app.pictures import RANDOM_SEED, build_gallery, build_pictures
+from app.pictures import RANDOM_SEED, build_gallery, build_pictures, build_take
 from app.polish import wire_polish
 from app.restore import build_page
 from app.similar import build_similar
@@ -131,6 +131,7 @@ def _build_results(
                 build(studio)
         with gr.Tab("History", id="history"):
             history = build_history()
+            build_take(studio, "history")
             build_similar(studio, history[0], _example_files())
         with gr.Tab("About", id="about") as about:
             build_about(studio, about)

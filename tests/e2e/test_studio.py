@@ -62,6 +62,21 @@ def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
     expect(page.locator("#budget")).to_contain_text("a picture's name has 1 to 80 characters")
 
 
+def test_a_picked_result_becomes_a_picture(page: Page) -> None:
+    draw_one(page, "a red boat")
+    page.get_by_role("button", name="Use the picked one as a picture").click()
+    expect(page.locator("#status")).to_contain_text("Pick a result first")
+    page.locator("#gallery .thumbnail-item").first.click()
+    page.get_by_role("button", name="Use the picked one as a picture").click()
+    expect(page.locator("#picture img")).to_have_attribute("src", re.compile("vilex-seed-"))
+    expect(page.get_by_role("button", name="Bring its settings back")).to_be_visible()
+    page.get_by_role("tab", name="History").click()
+    page.get_by_role("button", name="Add a picture").click()
+    page.locator("#history .thumbnail-item").first.click()
+    page.get_by_role("button", name="Use the picked one as a picture").click()
+    expect(page.locator("#card-B .picture img").first).to_have_attribute("src", re.compile("vilex-"))
+
+
 def test_a_picked_result_is_compared_with_its_original(page: Page) -> None:
     choose(page, CACTUS)
     wait_rebuilt(page)
