@@ -28,6 +28,7 @@ setup: $(VENV)/installed
 setup-dev: $(VENV)/installed-dev
 
 $(VENV)/installed: requirements.txt pyproject.toml
+	@echo "Installing into $(VENV): one to three minutes ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
 	touch $@
