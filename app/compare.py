@@ -34,7 +34,7 @@ QUESTIONS = {
     "layout": "Which is closer in layout?",
 }
 ANSWERS = ("left", "right", "equal")
-STORAGE_KEY, SECRET = "vilex-votes", "vilex"  # fixed, or a restart of the app would forget everybody's votes
+STORAGE_KEY, SECRET = "vilex-votes-", "vilex"  # fixed, or a restart of the app would forget everybody's votes
 _SEEN_SIZE = 256  # pixels of the input's side
 _TYPES = {"seed": int}  # of a vote's fields; the others are text
 _SEEDS = 10**6
@@ -208,10 +208,10 @@ def _words_of(prompt: str, values: Mapping[str, Any]) -> str:
 def build_compare(studio: Studio) -> None:
     """Lays out the tab and wires it."""
     tab = Compare(studio.handlers)
-    names = list(tab.arms)
+    names, own = list(tab.arms), studio.handlers.pipeline.name if studio.handlers.pipeline else ""
     gr.Markdown(
         "Two pictures from one noise, in an order that stays hidden until you have voted. The votes are kept in your "
-        "browser alone."
+        "browser alone, those on each model by themselves."
     )
     with gr.Row():
         card = card_choice("Input")
@@ -220,7 +220,7 @@ def build_compare(studio: Studio) -> None:
     draw = gr.Button("Draw a pair", variant="primary", elem_id="pair")
     with gr.Row(elem_id="blind"):
         seen, left, right = (_picture(label) for label in ("Input", "Left", "Right"))
-    trial, votes = gr.State(None), gr.BrowserState([], storage_key=STORAGE_KEY, secret=SECRET)
+    trial, votes = gr.State(None), gr.BrowserState([], storage_key=STORAGE_KEY + own, secret=SECRET)
     with gr.Row():
         answers = [
             gr.Radio(ANSWERS, label=question, min_width=200, elem_id=f"vote-{name}")

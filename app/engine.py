@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from app.jobs import Drawing, Job, Polishing
-from vilex.config import GenerationConfig, PolishConfig
-from vilex.pipeline import Fit, VilexPipeline
+from vilex.config import Fit, GenerationConfig, PolishConfig
+from vilex.pipeline import VilexPipeline
 from vilex.polish import PolishStep, polish_rows
 from vilex.sampling import Conditions, Step, sample_steps
 

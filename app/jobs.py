@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from vilex.config import GenerationConfig, PolishConfig
-from vilex.pipeline import Fit
+from vilex.config import Fit, GenerationConfig, PolishConfig
 from vilex.polish import PolishStep
 from vilex.sampling import Conditions, Step, count_branches
 

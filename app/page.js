@@ -4,13 +4,14 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "Escape" && document.querySelector("#status progress")) press("stop");
 });
 const give = (event, file, input) => {
-  if (!file || !input) return;
+  if (!file || !input) return false;
   event.preventDefault();
   event.stopImmediatePropagation();
   const one = new DataTransfer();
   one.items.add(file);
   input.files = one.files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
+  return true;
 };
 // the drop zones of gradio take pictures only: a word that is dropped anywhere goes to the button that opens it
 document.addEventListener("drop", (event) => {
@@ -29,28 +30,25 @@ const toCard = (event, files) => {
   const isComing = (one) => Date.now() - (one.dataset.given ?? 0) < 2000;  // what it was given is not shown yet
   const zone = zones.find((one) => isFree(one) && !isComing(one)) ?? zones[0];
   if (zone) zone.dataset.given = Date.now();
-  give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
+  return give(event, files.find((file) => file.type.startsWith("image/")), zone?.querySelector("input[type=file]"));
 };
-// a file that is no picture leaves the card as it was before
+// the last picture of each card that could be read: a file that is no picture leaves it there
 const held = {};
-window.holdPicture = (card, picture) => {
-  const { now = null } = held[card] ?? {};
-  if (now?.path !== picture?.path) held[card] = { now: picture, before: now };
-};
-window.pictureBefore = (card) => held[card]?.before ?? null;
+window.holdPicture = (card, picture) => { held[card] = picture; };
+window.heldPicture = (card) => held[card] ?? null;
 // examples and picked results go where a picture that is dropped beside the zones would
 const toCardFrom = async (address) => {
   const answer = await fetch(address);
-  if (!answer.ok) return;
+  if (!answer.ok) return false;
   const content = await answer.blob();
-  toCard(new Event("taken"), [new File([content], address.split("/").pop(), { type: content.type })]);
+  return toCard(new Event("taken"), [new File([content], address.split("/").pop(), { type: content.type })]);
 };
 window.takeExample = (index) => toCardFrom(document.querySelectorAll("#example-pictures img")[index].src);
 window.takePicked = async (gallery) => {
   const picked = document.querySelector(`#${gallery} .thumbnail-lg.selected img`);
   if (!picked) return "<p>Pick a result first: click it.</p>";
-  await toCardFrom(picked.src);
-  return "<p>The result is a picture now.</p>";
+  const isThere = await toCardFrom(picked.src);
+  return isThere ? "<p>The result is a picture now.</p>" : "<p>This result is no longer on the server.</p>";
 };
 document.addEventListener("paste", (event) => toCard(event, [...(event.clipboardData?.files ?? [])]), true);
 // gradio leaves without a name: example pictures, and texts whose label also holds the button that copies them

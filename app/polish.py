@@ -54,13 +54,18 @@ def seconds_per_step(pipeline: VilexPipeline, seconds: float) -> float:
     return seconds * polish_rows(pipeline.t2i) / 2
 
 
+def polish_info(seconds: float | None) -> str:
+    """What more steps are good for and what they cost."""
+    cost = "take longer" if seconds is None else f"take about {duration(seconds)} each"
+    return f"More fit the tokens closer to this one picture, and {cost}"
+
+
 def build_polish(seconds: float | None = None) -> tuple[gr.Slider, gr.Button]:
     """How many steps, of so many seconds if that is known, and the button."""
     bounds = range_of(PolishConfig, "num_steps")
-    cost = "take longer" if seconds is None else f"take about {duration(seconds)} each"
     steps = gr.Slider(
         bounds.minimum, MAX_STEPS, PolishConfig.num_steps, step=1, label="Steps of polishing", elem_id="polish-steps",
-        info=f"More fit the tokens closer to this one picture, and {cost}",
+        info=polish_info(seconds),
     )  # fmt: skip
     return steps, gr.Button("Polish picture A", size="md", elem_id="polish")
 

@@ -29,7 +29,7 @@ from app.messages import in_words, sentence, tell
 from app.panel import Panel, schedulers
 from app.studio import Studio
 from vilex.codes import load_code
-from vilex.config import DEFAULT_TOKENS, MIXING, GenerationConfig, tokens_in_words
+from vilex.config import DEFAULT_TOKENS, MAX_PROMPT_CHARS, MIXING, GenerationConfig, tokens_in_words
 from vilex.prompt import has_words, mentioned
 from vilex.recipe import Recipe, RecipeImage, differences, load_recipe
 
@@ -79,11 +79,10 @@ def from_recipe(
     """The page's values for drawing that picture again; cards in `cleared` lose their pictures.
 
     A picture whose tokens the recipe does not carry stays the one in its card. Further cards that are `filled` stay
-    too, and the prompt then names the recipe's own; but from words alone no card could stay.
+    too, unless the prompt would take them in; one that mentions no picture then names the recipe's own.
     """
-    count = len(recipe.images)
-    kept = {i for i in range(count, MAX_CARDS) if filled[i]} if count else set()
-    values: Values = {"prompt": _naming_its_own(recipe) if kept else recipe.prompt, "lock": True}
+    prompt, kept = _kept(recipe, filled)
+    values: Values = {"prompt": prompt, "lock": True} | {card_key("name", i): NAMES[i] for i in kept}
     values |= {k: v for k, v in recipe.config.to_dict().items() if k != "num_tokens"}
     if not recipe.images or not has_words(recipe.prompt, len(recipe.images), [image.name for image in recipe.images]):
         for name in MIXING:  # which had no effect: the sliders stay where they are
@@ -96,12 +95,18 @@ def from_recipe(
     return values | _layout(shown)
 
 
-def _naming_its_own(recipe: Recipe) -> str:
-    """The prompt, with its pictures written out where it mentions none and so would take in any."""
-    names = [image.name for image in recipe.images]
-    if len(names) not in mentioned(recipe.prompt, len(names) + 1, [*names, ""]):
-        return recipe.prompt
-    return " ".join([*(f"[{usable_name(name, i)}]" for i, name in enumerate(names)), recipe.prompt]).strip()
+def _kept(recipe: Recipe, filled: Sequence[bool]) -> tuple[str, set[int]]:
+    """The prompt, and the cards beyond the recipe's own that can stay beside it, under their letters."""
+    names = [usable_name(image.name, i) for i, image in enumerate(recipe.images[:MAX_CARDS])]
+    kept = {i for i in range(len(names), MAX_CARDS) if filled[i]}
+    prompt = recipe.prompt
+    if not any(mark in prompt for mark in "<["):  # it mentions no picture, and would take in any
+        prompt = " ".join([*(f"[{name}]" for name in names), prompt]).strip()
+    everyone = [*names, *(NAMES[i] for i in sorted(kept))]
+    is_same = mentioned(prompt, len(everyone), everyone) == mentioned(recipe.prompt, len(names), names)
+    if not kept or not is_same or len(set(everyone)) < len(everyone) or len(prompt) > MAX_PROMPT_CHARS:
+        return recipe.prompt, set()
+    return prompt, kept
 
 
 def _usable_scheduler(handlers: Handlers, name: str) -> str:
@@ -128,10 +133,11 @@ def _layout(shown: list[bool]) -> Values:
 def _tell_restored(recipe: Recipe, handlers: Handlers, source: str = "file", filled: Sequence[bool] = ()) -> None:
     """Says what is back, and not in the status line, which belongs to what is being drawn."""
     text = "The settings are back, the seed is kept."
-    if not recipe.images and any(filled):
-        text += " It was drawn from words alone, so the pictures went."
+    if any(filled[len(recipe.images) :]) and not _kept(recipe, filled)[1]:
+        text += " Pictures that it was drawn without went."
     used = mentioned(recipe.prompt, len(recipe.images), [image.name for image in recipe.images])
-    lost = {NAMES[i]: image.fit for i, image in enumerate(recipe.images) if i in used and not image.code}
+    images = enumerate(recipe.images[:MAX_CARDS])
+    lost = {NAMES[i]: image.fit for i, image in images if i in used and not image.code}
     again = "again, unless the card still holds it"
     for name, fit in lost.items():
         how = f"drop it in {again}" if fit else f"it was a word, open that {again}"

@@ -23,7 +23,7 @@ _LOOK = {
     "show_progress": "hidden", "concurrency_limit": MAX_DECODES, "concurrency_id": "look", "api_visibility": "private",
 }  # fmt: skip
 MOST_CUT = 0.2  # of a picture's longer side: where the encoder's crop takes more, the card says so
-_SHOWN_BY_BROWSERS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"})
+_HIDDEN_BY_BROWSERS = frozenset({".tif", ".tiff", ".heic", ".heif"})
 MAX_FETCHES = 8  # at once, apart from the pictures that are looked at: an address may be slow
 Shown = list[bool]  # which cards are on the page
 
@@ -65,10 +65,11 @@ def _wire_card(
             **(_LOOK | {"concurrency_limit": MAX_FETCHES, "concurrency_id": "fetch"}),
         ),
     ]
-    card.picture.change(None, card.picture, None, js=f"(picture) => holdPicture({index}, picture)", **_quiet())
-    arrivals[0].failure(  # what is no picture does not stay, what was there before does
-        None, None, card.picture, js=f"() => pictureBefore({index})", **_quiet()
-    )  # fmt: skip
+    hold = f"(picture) => holdPicture({index}, picture)"
+    for arrival in (arrivals[0], arrivals[2]):
+        arrival.success(None, card.picture, None, js=hold, **_quiet())
+    card.picture.change(None, card.picture, None, js=f"(picture) => picture ?? holdPicture({index}, null)", **_quiet())
+    arrivals[0].failure(None, None, card.picture, js=f"() => heldPicture({index})", **_quiet())
     word_came = card.word.change(
         partial(word_arrives, handlers, index), [card.word, shown, card.picture, card.fit],
         [card.picture, card.panel, shown, panel.add, *sight], preprocess=False, **_LOOK,
@@ -77,11 +78,12 @@ def _wire_card(
         for arrival in arrivals:
             announce(arrival, card.picture, panel.arrival)
         announce(word_came, card.word, panel.arrival, in_sight=True)  # else it is in the way of what is drawn next
-    extra.remove.click(
+    removed = extra.remove.click(
         partial(remove, index, handlers.max_tokens), shown,
         [card.picture, card.panel, shown, panel.add, *sight, card.name, card.weight, card.num_tokens, card.fit],
         queue=False, **_quiet(),
     )  # fmt: skip
+    removed.success(None, None, None, js=f"() => holdPicture({index}, null)", **_quiet())  # it is out of sight
 
 
 def announce(event: Dependency, held: Component, arrival: gr.Textbox, in_sight: bool = False) -> None:
@@ -111,7 +113,7 @@ def refit(handlers: Handlers, picture: Upload, fit: str) -> tuple:
 def as_shown(picture: Upload) -> Any:
     """The path of a PNG of a picture that browsers do not show, such as a TIFF; no change for any other."""
     path = Path(picture["path"]) if picture else None
-    if path is None or path.suffix.lower() in _SHOWN_BY_BROWSERS:
+    if path is None or path.suffix.lower() not in _HIDDEN_BY_BROWSERS:
         return gr.skip()
     decode_image(path).save(shown := path.with_suffix(".png"))
     return str(shown)

@@ -25,7 +25,7 @@ from app.messages import duration
 from app.models import page_path
 from app.panel import Panel, build_panel
 from app.pictures import RANDOM_SEED, build_gallery, build_pictures, build_take
-from app.polish import wire_polish
+from app.polish import polish_info, seconds_per_step, wire_polish
 from app.restore import build_page
 from app.similar import build_similar
 from app.sources import wire_cards
@@ -90,7 +90,12 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
             studio, results, history = _build_results(handlers, panel)
             _build_examples(panel)
     gr.HTML(_footer(handlers, notes), elem_id="small-print")
-    demo.load(lambda: _header(handlers, _of_late(handlers, notes)), None, header, **SILENT)
+
+    def tell_costs() -> tuple[str, Any]:
+        late = _of_late(handlers, notes)
+        return _header(handlers, late), gr.update(info=polish_info(late.polish_seconds))
+
+    demo.load(tell_costs, None, [header, panel.polish[0]], **SILENT)
     shown = _wire(demo, studio, panel)
     page = build_page(studio, panel, shown, history[0])
     loaded = wire_history(demo, studio, panel, page, *history[1:], results)
@@ -183,7 +188,9 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
 def _of_late(handlers: Handlers, notes: Notes) -> Notes:
     """What is known of the machine, by what was drawn since the start: at the start it may have been busy."""
     seconds = 2 * handlers.engine.seconds_per_row if handlers.engine else 0.0
-    return replace(notes, seconds_per_step=seconds) if seconds and notes.seconds_per_step else notes
+    if not seconds or notes.seconds_per_step is None:
+        return notes
+    return replace(notes, seconds_per_step=seconds, polish_seconds=seconds_per_step(handlers.pipeline, seconds))
 
 
 def _header(handlers: Handlers, notes: Notes) -> str:

@@ -441,6 +441,10 @@ BAD_INPUTS = [
     ((*MIX, "a", "--weight", "1", "--weight", "0"), "Error: --weight is given once, or once for each of 1 pictures"),
     (("vary", "vilex-2:m:AAAA"), "skipped: word: the code is damaged: a part is missing or altered"),
     (("vary", FOREIGN), "skipped: word: the code was made by 'someone', this model is"),
+    (
+        ("mix", "dog.png", "photos", "--prompt", "[corgi] in snow"),
+        "Error: [corgi] names none of the pictures; their names",
+    ),
     (("blend", "dog.png"), "Error: blend takes two pictures, got 1"),
     (("blend", "dog.png", "dog.png", "--graft", "512"), "512 is not in the range 0<=x<=511"),
     (("redo", "dog.png"), "skipped: dog.png carries no settings of ViLex"),

@@ -330,6 +330,16 @@ def test_crop_shows_the_centre_and_pad_the_whole():
     assert [pad.getpixel((12, y)) for y in (7, 8, 15, 16)] == [(128,) * 3, BLUE, BLUE, (128,) * 3]
 
 
+@pytest.mark.parametrize("turn", [None, Image.Transpose.TRANSPOSE])
+@pytest.mark.parametrize(("fit", "colour"), [("start", RED), ("crop", BLUE), ("end", GREEN)])
+def test_a_crop_can_lie_at_either_end_of_a_long_picture(fit, colour, turn):
+    long = Image.new("RGB", (90, 30), RED)
+    long.paste(BLUE, (30, 0, 60, 30))
+    long.paste(GREEN, (60, 0, 90, 30))
+    long = long if turn is None else long.transpose(turn)
+    assert fit_image(long, 30, fit).crop((3, 3, 27, 27)).getcolors() == [(24 * 24, colour)]
+
+
 def test_fitting_averages_instead_of_skipping_pixels():
     checks = Image.fromarray((np.indices((96, 96)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
     np.testing.assert_allclose(np.asarray(fit_image(checks, 12), float), 127.5, atol=12)

@@ -22,7 +22,7 @@ from vilex.config import MIXING, GenerationConfig
 from vilex.images import load_image
 from vilex.pipeline import VilexPipeline
 from vilex.prompt import mentioned, parse
-from vilex.recipe import load_recipe
+from vilex.recipe import load_recipe, save_png
 
 assert app
 pytest_plugins = ["tabs"]
@@ -58,6 +58,7 @@ def named(page: Page, updates: tuple) -> dict[str, object]:
 
 
 EMPTY = [False] * MAX_CARDS
+MISSING = "Picture A is not in the file: drop it in again, unless the card still holds it."
 
 
 def draw(handlers: Handlers, upload: dict, **changes: object) -> str:
@@ -85,20 +86,37 @@ def test_a_result_with_tokens_is_drawn_again_from_itself(handlers, page, upload,
     [("", "[A]"), ("a dog", "[A] a dog"), ("<image> a dog", "<image> a dog"), ("[A] a dog", "[A] a dog")],
 )
 def test_pictures_that_a_result_was_drawn_without_stay_and_stay_out(handlers, page, upload, told, prompt, restored):
-    [(path, _)] = list(handlers.generate(prompt, "raw", picture=upload, name="A", num_images=1, num_inference_steps=1))[
-        -1
-    ][0]
+    one = {"num_images": 1, "num_inference_steps": 1}
+    [(path, _)] = list(handlers.generate(prompt, "raw", picture=upload, name="A", **one))[-1][0]
     values = named(page, restore.bring_back(page, path, [True, True, False, False]))
     assert values["prompt"] == restored and values["shown"] == [True, True, False, False]
-    assert not values.keys() & {"picture", "seen_1", *(card_key(name, 1) for name in CARD_FIELDS)}
+    assert not values.keys() & {"picture", "seen_1", *(card_key(name, 1) for name in CARD_FIELDS if name != "name")}
+    assert values["name_2"] == "B" and told == ["The settings are back, the seed is kept. " + MISSING]
     assert mentioned(values["prompt"], 2, ["A", "B"]) == {0}
+
+
+@pytest.mark.parametrize("prompt", ["<image> and <image>", "[B] a dog", "a [B] <image>"])
+def test_pictures_go_that_would_come_into_a_result(handlers, page, upload, told, prompt):
+    one = {"num_images": 1, "num_inference_steps": 1}
+    [(path, _)] = list(handlers.generate(prompt, "raw", picture=upload, name="A", **one))[-1][0]
+    values = named(page, restore.bring_back(page, path, [True, True, False, False]))
+    assert values["prompt"] == prompt and values["picture_2"] is None and values["shown"][1] is False
+    assert "Pictures that it was drawn without went." in told[0]
+
+
+def test_a_result_of_more_pictures_than_there_are_cards_comes_back_as_far_as_it_can(handlers, page, upload, told):
+    recipe = load_recipe(draw(handlers, upload))
+    many = replace(recipe, prompt="", images=recipe.images * 6)
+    save_png(Image.new("RGB", (8, 8)), Path(upload["path"]).with_name("many.png"), many)
+    values = named(page, restore.bring_back(page, str(Path(upload["path"]).with_name("many.png")), EMPTY))
+    assert values["shown"] == [True] * MAX_CARDS and told[0].count("is not in the file") == MAX_CARDS
 
 
 def test_pictures_go_where_a_result_was_drawn_from_words_alone(handlers, page, told):
     [(path, _)] = list(handlers.generate("a dog", "raw", num_images=1, num_inference_steps=1))[-1][0]
     values = named(page, restore.bring_back(page, path, [False, True, False, False]))
     assert values["prompt"] == "a dog" and values["picture_2"] is None and values["word_2"] == ""
-    assert told[0].endswith("It was drawn from words alone, so the pictures went.")
+    assert told[0].endswith("Pictures that it was drawn without went.")
 
 
 def test_a_result_without_tokens_says_that_its_picture_is_missing(handlers, page, upload, told):

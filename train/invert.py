@@ -196,6 +196,9 @@ def main(
     """Invert pictures by gradient steps and compare; write inversion.json and inversion.png."""
     with usage_errors():
         inversion, names = InversionConfig(**settings), parse_arms(arms)
+        counts = [int(name) for name in names if name.isdigit()]
+        if polish and not counts:
+            raise ValueError(f"--polish needs a number of tokens in --arms, got {arms!r}")
         config = GenerationConfig(num_inference_steps=steps, guidance_scale=guidance)
         pipeline = load()
         require_arms(pipeline, names)
@@ -209,8 +212,7 @@ def main(
         for taken, (vectors, time_each) in results.items():
             name = f"{count} free, {taken} steps"
             found[name], seconds[name] = vectors, time_each
-    counts = [int(name) for name in names if name.isdigit()]
-    if polish and counts:
+    if polish:
         vectors, time_each = polish_all(pipeline, pictures, polish, inversion.seed)
         for count in counts:
             name = f"{count} polished, {polish} steps"

@@ -63,7 +63,8 @@ from vilex.words import blend, graft
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
     from torch import Tensor
 
-    from vilex.pipeline import Fit, VilexPipeline
+    from vilex.config import Fit
+    from vilex.pipeline import VilexPipeline
     from vilex.vocabulary import Reading
 
 
@@ -160,16 +161,16 @@ def mix(
     weight_of = _spread(weights, inputs)
     from vilex.prompt import count_placeholders, has_words, unknown_names
 
-    unknown = unknown_names(prompt, list(inputs))
-    if unknown and not count_placeholders(prompt) and not any(f"[{stem}]" in prompt for stem in inputs):
-        named = ", ".join(f"[{stem}]" for stem in inputs)
-        raise ValueError(f"[{unknown[0]}] is the name of no picture, and the prompt has no other: there is {named}")
+    is_named, unknown = any(f"[{stem}]" in prompt for stem in inputs), unknown_names(prompt, list(inputs))
+    if len(inputs) > 1 and unknown and not is_named and not count_placeholders(prompt):
+        named = ", ".join(f"[{stem}]" for stem in list(inputs)[:5])
+        raise ValueError(f"[{unknown[0]}] names none of the pictures; their names are {named}")
     desk = open_desk(engine, output)
     if not has_words(prompt, len(inputs), list(inputs)):  # the command's own scales have no effect: nobody gave them
         source = click.get_current_context().get_parameter_source
         unasked = [name for name in MIX_SCALES if source(name) is ParameterSource.DEFAULT]
         config = dataclasses.replace(config, **{name: getattr(GenerationConfig, name) for name in unasked})
-    if count_placeholders(prompt) > 1 or "<image:" in prompt or any(f"[{stem}]" in prompt for stem in inputs):
+    if count_placeholders(prompt) > 1 or "<image:" in prompt or is_named:
         words = [
             read_word(stem, source, desk.pipeline, config.num_tokens, fit, weight_of[stem])
             for stem, source in inputs.items()

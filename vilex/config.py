@@ -9,19 +9,16 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 DEFAULT_TOKENS = 75  # the paper's 77 positions less BOS and EOS
 MAX_TOKENS = 511  # of any model: 512 positions of T5 less EOS; each model has its own limit
 DEFAULT_BUDGETS = (1, 4, 16, 75)  # tokens per rung of the ladder, the columns of the paper's table
 MAX_PROMPT_CHARS = 1000
 DEFAULT_MODEL = "mini"
-FITS = (
-    "crop",
-    "start",
-    "end",
-    "pad",
-)  # how a picture becomes square: its centre, left or top, right or bottom, all of it
+# how a picture becomes square: its centre, its left or top, its right or bottom, or all of it with edges added
+Fit = Literal["crop", "start", "end", "pad"]
+FITS: tuple[Fit, ...] = get_args(Fit)
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError, features
 
-from vilex.config import FITS
+from vilex.config import FITS, Fit
 
 MIN_SIDE = 16  # pixels; below it there is nothing to see
 MAX_SIDE = 2048  # pixels of the longest side that load_image returns
@@ -33,7 +33,6 @@ _NEARLY_WHITE, _LOST_SHARE = 240, 0.98  # level of the darkest channel; share of
 _GREY_SCALES = (255, 65535)  # white of 8-bit and 16-bit data; beyond them the peak is white
 _decoding = threading.BoundedSemaphore(MAX_DECODES)
 
-Fit = Literal["crop", "start", "end", "pad"]
 Source = str | Path | bytes | BinaryIO | Image.Image
 
 

@@ -18,6 +18,7 @@ from vilex.config import (
     DEFAULT_TOKENS,
     MAX_PROMPT_CHARS,
     MIXING,
+    Fit,
     GenerationConfig,
     PolishConfig,
     Range,
@@ -25,7 +26,7 @@ from vilex.config import (
 )
 from vilex.devices import pick_device, pick_dtype, require_offload
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
-from vilex.images import Fit, fit_image, to_images, to_pixels
+from vilex.images import fit_image, to_images, to_pixels
 from vilex.model import ViLex, load_vilex
 from vilex.polish import PolishStep, polish_steps, spell
 from vilex.prompt import (

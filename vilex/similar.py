@@ -14,7 +14,7 @@ from vilex.options import Engine, Output, one_photo, out_option, photo_options, 
 from vilex.words import COMPARED, similar
 
 if TYPE_CHECKING:  # diffusers and transformers take seconds to import: --help and bad input must not wait for them
-    from vilex.pipeline import Fit
+    from vilex.config import Fit
 
 _SHEET_SIZE = 128  # pixels of a found picture's side
 

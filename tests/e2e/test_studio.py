@@ -62,6 +62,21 @@ def test_bad_budgets_and_names_get_a_sentence(page: Page) -> None:
     expect(page.locator("#budget")).to_contain_text("a picture's name has 1 to 80 characters")
 
 
+def test_a_bad_file_in_a_card_that_was_emptied_leaves_it_empty(page: Page, tmp_path: Path) -> None:
+    bad = tmp_path / "holiday.png"
+    bad.write_bytes(b"this is no picture")
+    page.get_by_role("button", name="Add a picture").click()
+    page.locator("#card-B input[type=file]").first.set_input_files(SAILBOAT)
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("^75 slots"))
+    page.get_by_role("button", name="Remove picture B").click()
+    expect(page.locator("#card-B")).not_to_be_visible()
+    page.get_by_role("button", name="Add a picture").click()
+    page.locator("#card-B input[type=file]").first.set_input_files(bad)
+    expect(page.get_by_text("holiday.png is not a readable picture")).to_be_visible()
+    expect(page.locator("#card-B .picture img")).to_have_count(0)
+    expect(page.locator("#budget .bar")).to_have_attribute("aria-label", re.compile("^0 slots"))
+
+
 def test_a_picked_result_becomes_a_picture(page: Page) -> None:
     draw_one(page, "a red boat")
     page.get_by_role("button", name="Use the picked one as a picture").click()

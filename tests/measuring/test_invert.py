@@ -89,13 +89,19 @@ def test_a_model_without_encoder_is_inverted_too(folder, stand_ins, pipeline, mo
     assert result.exit_code == 2 and "tokens must be between 1 and 22, got 300" in " ".join(result.output.split())
 
 
+def test_polish_needs_to_know_how_many_tokens_to_draw(folder):
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--polish", "3", "--arms", "text"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "--polish needs a number of tokens in --arms, got 'text'" in result.output
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("--tokens", "x", "whole numbers between 1 and 511"), ("--tokens", "0", "whole numbers between 1 and 511"),
      ("--snapshots", "", "whole numbers between 1 and 10000"), ("--snapshots", "1.5", "whole numbers between 1"),
      ("--arms", "foo", "an arm is text, dense or a number"), ("--draws", "0", "draws must be between 1 and 64, got 0"),
      ("--learning-rate", "-1", "learning_rate must be between 0.0001 and 100, got -1"),
-     ("--seed", "4294967296", "seed must be between 0 and")],
+     ("--seed", "4294967296", "seed must be between 0 and"), ("--polish", "1001", "not in the range 0<=x<=1000")],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_loaded(folder, option, value, message):
     arguments = ["--data", str(folder), "--out", str(folder / "out"), option, value]
