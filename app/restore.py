@@ -99,12 +99,14 @@ def _kept(recipe: Recipe, filled: Sequence[bool]) -> tuple[str, set[int]]:
     """The prompt, and the cards beyond the recipe's own that can stay beside it, under their letters."""
     names = [usable_name(image.name, i) for i, image in enumerate(recipe.images[:MAX_CARDS])]
     kept = {i for i in range(len(names), MAX_CARDS) if filled[i]}
+    if not kept:
+        return recipe.prompt, kept
     prompt = recipe.prompt
     if not any(mark in prompt for mark in "<["):  # it mentions no picture, and would take in any
         prompt = " ".join([*(f"[{name}]" for name in names), prompt]).strip()
     everyone = [*names, *(NAMES[i] for i in sorted(kept))]
     is_same = mentioned(prompt, len(everyone), everyone) == mentioned(recipe.prompt, len(names), names)
-    if not kept or not is_same or len(set(everyone)) < len(everyone) or len(prompt) > MAX_PROMPT_CHARS:
+    if not is_same or len(set(everyone)) < len(everyone) or len(prompt) > MAX_PROMPT_CHARS:
         return recipe.prompt, set()
     return prompt, kept
 

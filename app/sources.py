@@ -49,8 +49,13 @@ def _wire_card(
     sight = [card.seen, card.word, card.note, extra.restore]
     arrivals = [
         card.picture.input(
-            partial(arrive, handlers), [card.picture, card.fit], [card.picture, *sight], preprocess=False, **_LOOK
-        ),
+            partial(arrive, handlers),
+            [card.picture, card.fit],
+            [card.picture, *sight],
+            preprocess=False,
+            trigger_mode="always_last",
+            **_LOOK,
+        ),  # fmt: skip
         card.fit.input(
             partial(refit, handlers),
             [card.picture, card.fit],
