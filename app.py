@@ -18,7 +18,6 @@ from app.cleanup import start_cleaning
 from app.engine import Engine
 from app.handlers import Handlers, measure
 from app.models import LaterPipeline, named_models, other_folders
-from app.polish import seconds_per_step
 from app.ui import Notes, build_demo, launch_options
 from vilex.checkpoint import find_weights
 from vilex.config import DEFAULT_MODEL, GenerationConfig
@@ -113,10 +112,7 @@ def load(model: str | None, device: str | None, dtype: str | None, steps: int, o
     try:
         pipeline = VilexPipeline.from_pretrained(model, device=device, dtype=dtype, offload=offload)
         folder = Path(find_weights(model))
-        seconds = measure(pipeline)
-        notes = Notes(
-            steps, seconds, pipeline.device.type, licence_line(folder), seconds_per_step(pipeline, seconds)
-        )  # fmt: skip
+        notes = Notes(steps, measure(pipeline), pipeline.device.type, licence_line(folder))
     except (ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
         problem = str(error).splitlines()[0]
         if isinstance(error, torch.OutOfMemoryError):

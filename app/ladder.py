@@ -68,13 +68,12 @@ def climb(handlers: Handlers, view: str, budgets: str, embed: bool = False, **va
         clock = Clock(len(_groups(handlers, rungs)) * config.num_inference_steps)
         results: list[Any] = [None] * MAX_RUNGS
         texts = [rung_html(rung) for rung in rungs] + [""] * (MAX_RUNGS - len(rungs))
-        yield *results, *texts, gr.skip()
         for group in _groups(handlers, rungs):
             started, places = clock.seconds, [rungs.index(rung) for rung in group]
             for images, status in _draw(handlers, word, group, config, clock):
                 for place, image in zip(places, images or [], strict=bool(images)):
                     results[place] = image
-                yield *(results if images else [gr.skip()] * MAX_RUNGS), *[gr.skip()] * MAX_RUNGS, status
+                yield *([*results, *texts] if images else [gr.skip()] * 2 * MAX_RUNGS), status
             for place, path in zip(places, _save(handlers, images, word, group, config, look), strict=True):
                 texts[place] = rung_html(rungs[place], _alike(handlers, word, results[place]), clock.seconds - started)
                 results[place] = path

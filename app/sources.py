@@ -55,7 +55,7 @@ def _wire_card(
             preprocess=False,
             trigger_mode="always_last",
             **_LOOK,
-        ),  # fmt: skip
+        ),
         card.fit.input(
             partial(refit, handlers),
             [card.picture, card.fit],

@@ -57,7 +57,6 @@ class Notes:
     seconds_per_step: float | None = None
     device: str = "cpu"
     licence: str = ""
-    polish_seconds: float | None = None  # of one step
 
     @property
     def num_images(self) -> int:
@@ -85,7 +84,7 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
     header = gr.HTML(_header(handlers, notes), elem_id="header")
     with gr.Row(elem_id="sides"):
         with gr.Column(scale=5, min_width=300, elem_id="left"):
-            panel = build_panel(handlers, notes.steps, notes.num_images, notes.polish_seconds, models)
+            panel = build_panel(handlers, notes.steps, notes.num_images, _polish_seconds(handlers, notes), models)
         with gr.Column(scale=7, min_width=300, elem_id="right"):
             studio, results, history = _build_results(handlers, panel)
             _build_examples(panel)
@@ -93,7 +92,7 @@ def _build_page(demo: gr.Blocks, handlers: Handlers, notes: Notes, models: Seque
 
     def tell_costs() -> tuple[str, Any]:
         late = _of_late(handlers, notes)
-        return _header(handlers, late), gr.update(info=polish_info(late.polish_seconds))
+        return _header(handlers, late), gr.update(info=polish_info(_polish_seconds(handlers, late)))
 
     demo.load(tell_costs, None, [header, panel.polish[0]], **SILENT)
     shown = _wire(demo, studio, panel)
@@ -188,9 +187,12 @@ def _wire(demo: gr.Blocks, studio: Studio, panel: Panel) -> gr.State:
 def _of_late(handlers: Handlers, notes: Notes) -> Notes:
     """What is known of the machine, by what was drawn since the start: at the start it may have been busy."""
     seconds = 2 * handlers.engine.seconds_per_row if handlers.engine else 0.0
-    if not seconds or notes.seconds_per_step is None:
-        return notes
-    return replace(notes, seconds_per_step=seconds, polish_seconds=seconds_per_step(handlers.pipeline, seconds))
+    return replace(notes, seconds_per_step=seconds) if seconds and notes.seconds_per_step else notes
+
+
+def _polish_seconds(handlers: Handlers, notes: Notes) -> float | None:
+    known = notes.seconds_per_step
+    return None if known is None else seconds_per_step(handlers.pipeline, known)
 
 
 def _header(handlers: Handlers, notes: Notes) -> str:

@@ -114,6 +114,14 @@ def test_new_budgets_get_their_columns_and_bad_or_equal_ones_change_nothing(hand
         assert all(map(is_skipped, ladder.lay_out(handlers, text, [1, 16, 75])))
 
 
+def test_what_was_said_of_the_last_ladder_goes_with_its_pictures_and_not_before(handlers, upload):
+    updates = rebuild(handlers, upload)
+    first = next(i for i, update in enumerate(updates) if not is_skipped(update[0]))
+    assert all(is_skipped(part) for update in updates[:first] for part in update[:-1]) and updates[first][0] is not None
+    texts = updates[first][ladder.MAX_RUNGS : -1]
+    assert texts[:3] == tuple(map(ladder.rung_html, (1, 16, 75))) and "alike" not in "".join(texts)
+
+
 def test_use_sets_the_tokens_of_the_picture_that_was_rebuilt():
     count, status = ladder.use(1, [1, 16])
     assert count == 16 and "Picture A now speaks with at most 16 tokens" in status
@@ -514,9 +522,9 @@ def test_a_page_whose_pictures_take_long_starts_with_one(handlers, seconds_per_s
     assert slider["value"] == num_images
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(None, "and take longer"), (4.2, "and take about 4.2 s each")])
+@pytest.mark.parametrize(("seconds", "told"), [(None, "and take longer"), (0.3, "and take about 4.8 s each")])
 def test_a_page_tells_what_polishing_costs_before_it_begins(handlers, seconds, told):
-    parts = ui.build_demo(handlers, ui.Notes(polish_seconds=seconds)).config["components"]
+    parts = ui.build_demo(handlers, ui.Notes(seconds_per_step=seconds)).config["components"]
     [slider] = [part["props"] for part in parts if part["props"].get("elem_id") == "polish-steps"]
     assert slider["info"].endswith(told)
 

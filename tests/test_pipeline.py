@@ -161,6 +161,7 @@ def test_closing_the_stream_stops_the_denoiser(pipeline, picture):
         ("a dog", {"words_scale": 1}, False, "guidance by the words alone has no effect without an image"),
         ("a dog", {"num_tokens": 75}, True, "image 1 keeps 20 of 75 tokens"),
         ("dog " * 23 + "monet", {}, False, "the last words did not fit: 'dog monet'"),
+        ("dog " * 52, {}, False, f"the last words did not fit: {('dog ' * 20 + ' ...')!r}"),
         ("", {"negative_prompt": "dog " * 22 + "cat"}, True,
          "the last words of the negative prompt did not fit: 'cat'"),
     ],

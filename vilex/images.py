@@ -24,11 +24,11 @@ MAX_SIDE = 2048  # pixels of the longest side that load_image returns
 MAX_PIXELS = 40_000_000  # a header that promises more is refused; VILEX_MAX_PIXELS overrides
 MAX_DECODES = 2  # pictures decoded at the same time, which bounds memory
 BACKGROUNDS = {"white": (255, 255, 255), "grey": (128, 128, 128), "black": (0, 0, 0)}
+CENTRINGS = {"crop": (0.5, 0.5), "start": (0.0, 0.0), "end": (1.0, 1.0)}  # of those FITS that cut a picture's edges off
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"})
 
 _FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]  # Pillow's JPEG plugin also opens MPO
 _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
-CENTRINGS = {"crop": (0.5, 0.5), "start": (0.0, 0.0), "end": (1.0, 1.0)}  # of those FITS that cut a picture's edges off
 _NEARLY_WHITE, _LOST_SHARE = 240, 0.98  # level of the darkest channel; share of what is opaque
 _GREY_SCALES = (255, 65535)  # white of 8-bit and 16-bit data; beyond them the peak is white
 _decoding = threading.BoundedSemaphore(MAX_DECODES)
@@ -263,9 +263,7 @@ def _suffixes() -> str:
     return " ".join(sorted(SUFFIXES))
 
 
-def fit_image(
-    image: Image.Image, size: int, fit: Fit = "crop", background: str = "white"
-) -> Image.Image:  # fmt: skip
+def fit_image(image: Image.Image, size: int, fit: Fit = "crop", background: str = "white") -> Image.Image:
     """What the encoder sees: `image` as a square of `size` pixels, cropped as `fit` says or the whole padded.
 
     Raises ValueError on a size below 1, an unknown fit or background.

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from textwrap import shorten as shorten_text
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,8 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 _TERM = r'\s*([-−–+])\s*["“”]([^"“”]+)["“”]'  # phones write other dashes and quotes than keyboards
 _SLOT = re.compile(rf"(?:<image(?::(\d+))?>|\[([^][<>]+)\])((?:{_TERM})*)")
-_override_lock = threading.RLock()
-
 _MOST_NAMED = 80  # characters of the words that did not fit, in a message
+_override_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,8 @@ class ComposedPrompt:
         ]
         parts += [f"[{name}] is no picture's name: it is read as words" for name in self.unknown]
         if self.cut_words:
-            parts.append(
-                f"the last words did not fit: {shorten_text(self.cut_words, _MOST_NAMED, placeholder=' ...')!r}"
-            )
+            more = " ..." if len(self.cut_words) > _MOST_NAMED else ""
+            parts.append(f"the last words did not fit: {self.cut_words[:_MOST_NAMED] + more!r}")
         return "; ".join(parts)
 
     def _label(self, index: int) -> str:
