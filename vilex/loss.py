@@ -1,6 +1,6 @@
 """The diffusion loss of both trainers and of Polish, and the noise it is measured with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vilex.diffusion import Conditioning, TextToImage
 
+Distance = Callable[[Tensor, Tensor], Tensor]  # of latents (B,C,h,w) from others, 0-d
 MAX_X0_WEIGHT = 10.0  # reached where the noise's standard deviation is 0.32
 
 
@@ -42,20 +43,26 @@ def diffusion_loss(
     condition: Conditioning,
     noise: Noise,
     snr_gamma: float = 0.0,
+    perceptual: Distance | None = None,
 ) -> Tensor:
     """Mean squared error of the prediction, 0-d; `denoiser` stands for t2i.denoiser when it is wrapped.
 
     latents (B,C,h,w) and their condition serve each draw when the noise holds several, one after the other. The
-    denoiser reads noisy latents in the dtype of the condition.
+    denoiser reads noisy latents in the dtype of the condition. `perceptual` is added: how far the x0 that each
+    prediction implies is from the latents.
     """
     draws = len(noise.timesteps) // len(latents)
     latents = latents.repeat(draws, 1, 1, 1)
     condition = Conditioning.concatenate([condition] * draws)
-    noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps).to(condition.prompt_embeds)
-    prediction = t2i.denoise(noisy_latents, noise.timesteps, condition, denoiser)
+    noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps)
+    told = noisy_latents.to(condition.prompt_embeds)
+    prediction = t2i.denoise(told, noise.timesteps, condition, denoiser).float()
     target = t2i.target(latents, noise.values, noise.timesteps)
-    errors = F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2, 3))  # (B,)
-    return (errors * loss_weights(t2i, noise.timesteps, snr_gamma)).mean()
+    errors = F.mse_loss(prediction, target, reduction="none").mean((1, 2, 3))  # (B,)
+    loss = (errors * loss_weights(t2i, noise.timesteps, snr_gamma)).mean()
+    if perceptual is None:
+        return loss
+    return loss + perceptual(t2i.estimate_clean(noisy_latents, prediction, noise.timesteps), latents)
 
 
 def loss_weights(t2i: TextToImage, timesteps: Tensor, snr_gamma: float = 0.0) -> Tensor:

@@ -218,11 +218,12 @@ class TextToImage(nn.Module, ABC):
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise if self.prediction_type == "epsilon" else latents
 
-    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        """The x0 (B,C,h,w) that a prediction at `timestep` (0-d) implies: the cheap preview."""
+    def estimate_clean(self, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The x0 (B,C,h,w) that a prediction at timesteps, (B,) or 0-d, implies: the cheap preview."""
         if self.prediction_type == "sample":
             return prediction
-        alpha_bar = self.scheduler.alphas_cumprod[timestep.long()].to(noisy_latents)
+        alpha_bar = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps.long()].to(noisy_latents)
+        alpha_bar = alpha_bar.view(-1, 1, 1, 1)
         signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         if self.prediction_type == "epsilon":
             return (noisy_latents - noise * prediction) / signal

@@ -1,0 +1,40 @@
+"""Perceptual loss: the x0 that a denoiser's prediction implies should look like the picture to a trained network.
+
+Squared error alone is least for the mean of all that could be there, which is a blur that no picture looks like.
+Source: Lin and Yang 2024, Diffusion Model with Perceptual Loss; distances as in LPIPS (Zhang et al. 2018, Eq. 1).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.nets import EfficientNetLite2
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of pictures as a frozen teacher sees them, which must not judge the result afterwards.
+
+    pixel_unshuffle: how the embedded model folds pixels into channels.
+    """
+
+    def __init__(self, teacher: EfficientNetLite2, pixel_unshuffle: int, weight: float) -> None:
+        super().__init__()
+        self.teacher, self.pixel_unshuffle, self.weight = teacher, pixel_unshuffle, weight
+
+    def forward(self, estimate: Tensor, latents: Tensor) -> Tensor:
+        """`weight` times the distance of pictures estimated from those that are, both (B,C,h,w); 0-d, 0 for equal ones.
+
+        Per stage the mean over positions of the squared distance of unit vectors along the channels, 0 to 4.
+        """
+        with torch.no_grad():
+            wanted = self._stages(latents)
+        pairs = zip(self._stages(estimate), wanted, strict=True)
+        return self.weight * torch.stack([_distance(a, b) for a, b in pairs]).sum()
+
+    def _stages(self, latents: Tensor) -> list[Tensor]:
+        return self.teacher.stages(F.pixel_shuffle(latents, self.pixel_unshuffle))
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    difference = F.normalize(a.float(), dim=1, eps=1e-6) - F.normalize(b.float(), dim=1, eps=1e-6)
+    return difference.square().sum(1).mean()  # (B,C,h,w) -> 0-d
