@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.nets import EfficientNetLite2
+from train.nets import EfficientNetLite2, load_efficientnet
+from vilex.t2i import TextToImage
 
 
 class PerceptualLoss(nn.Module):
@@ -33,6 +34,18 @@ class PerceptualLoss(nn.Module):
 
     def _stages(self, latents: Tensor) -> list[Tensor]:
         return self.teacher.stages(F.pixel_shuffle(latents, self.pixel_unshuffle))
+
+
+def build_perceptual(t2i: TextToImage, weight: float) -> PerceptualLoss | None:
+    """The loss with EfficientNet-lite2 as the teacher; None where its weight is 0.
+
+    Raises ValueError for a latent model, FileNotFoundError where the teacher is missing.
+    """
+    if not weight:
+        return None
+    if not t2i.embedded:
+        raise ValueError(f"perceptual_weight {weight:g} needs a model that draws pixels, this one draws latents")
+    return PerceptualLoss(load_efficientnet(), t2i.config.pixel_unshuffle, weight)
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from train.batches import Batch, CaptionTable, draw_batch, tabulate
 from train.data import Pictures, Record, load_pictures, sampling_weights
 from train.memory import checkpoint_gradients
+from train.perceptual import build_perceptual
 from train.presets import PRESETS, Preset, TrainConfig
 from train.sharding import start_adafactor
 from train.shards import ShardBatches, ShardLoader, Shards, Write, load_shards
@@ -78,6 +79,7 @@ _OPTIONS = (
     ),
     click.option("--batch-size", type=int, help="Instead of the preset's."),
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
+    click.option("--perceptual-weight", type=float, help="Of how unlike x0 looks to EfficientNet-lite2; 0 = off."),
     click.option("--warmup-steps", type=int, help="Instead of the preset's."),
     click.option("--seed", type=int, help="Instead of the preset's."),
     click.option(
@@ -206,6 +208,8 @@ class TrainingRun(ABC):
         self.t2i = t2i.to(self.device).to(memory_format=torch.channels_last)
         if options.checkpoint_gradients:
             checkpoint_gradients(self.t2i)
+        perceptual = build_perceptual(self.t2i, config.perceptual_weight)
+        self.perceptual = perceptual and self.compiled(perceptual.to(self.device, memory_format=torch.channels_last))
         streamed = isinstance(pictures, Shards)
         self.weights = None if streamed else source_weights(pictures.records, preset.source_weights)
         if self.weights is None and preset.source_weights:

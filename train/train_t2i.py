@@ -21,7 +21,6 @@ from train.captions import write_caption, write_captions
 from train.data import RESIDENT_BYTES, Pictures
 from train.distil import TeacherFeatures, teacher_features
 from train.nets import load_efficientnet
-from train.perceptual import PerceptualLoss
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.shards import Shards
@@ -30,7 +29,7 @@ from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
 from vilex.diffusion import Conditioning, EmbeddedModel, TextToImage, build_noise_scheduler, load_t2i
 from vilex.images import contact_sheet, to_images
-from vilex.loss import Distance, Noise, diffusion_loss, draw_noise
+from vilex.loss import Noise, diffusion_loss, draw_noise
 from vilex.minilm import load_text_encoder
 from vilex.prompt import compose
 from vilex.sampling import Conditions, sample
@@ -137,8 +136,6 @@ def validation_loss(t2i: TextToImage, pictures: Pictures, config: TrainConfig, b
 class T2IRun(TrainingRun):
     """Trains the denoiser; the text encoder is frozen."""
 
-    perceptual: Distance | None = None
-
     def __init__(
         self,
         t2i: TextToImage,
@@ -156,10 +153,6 @@ class T2IRun(TrainingRun):
         write_all = partial(write_captions, variants=config.caption_variants, workers=workers, **settings)
         self.read_texts(config.caption_variants, write_all, partial(write_caption, **settings))
         module = t2i.denoiser
-        if config.perceptual_weight:
-            teacher = load_efficientnet().to(self.device, memory_format=torch.channels_last)
-            folded = t2i.config.pixel_unshuffle
-            self.perceptual = self.compiled(PerceptualLoss(teacher, folded, config.perceptual_weight))
         if config.align_weight:
             self.teacher = self._load_teacher()
             self.targets = self._build_targets()
@@ -223,7 +216,6 @@ class T2IRun(TrainingRun):
 @click.option("--init-from", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A t2i folder.")
 @click.option("--snr-gamma", type=float, help="min-SNR weighting; 0 = off.")
 @click.option("--caption-variants", type=int, help="Captions written per picture, instead of the preset's.")
-@click.option("--perceptual-weight", type=float, help="Of how unlike x0 looks to EfficientNet-lite2; 0 = off.")
 @click.option("--align-weight", type=float, help="Of aligning features with EfficientNet-lite2's; 0 = off.")
 def main(
     preset: str,

@@ -138,7 +138,7 @@ class VilexRun(TrainingRun):
             )
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
-        """Diffusion loss under the pictures' own tokens, with or without words, after TailDrop."""
+        """Diffusion and perceptual loss under the pictures' own tokens, with or without words, after TailDrop."""
         seed = self.config.seed
         num_tokens = self._max_tokens
         if self.config.tail_drop:
@@ -152,7 +152,9 @@ class VilexRun(TrainingRun):
         if self.t2i.embedded and not self.trim:  # the denoiser's shape is fixed, the text encoder's is not
             condition = condition.padded(self.t2i.config.context_length)
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
-        return diffusion_loss(self.t2i, self.denoiser, latents, condition, noise, self.config.snr_gamma)
+        return diffusion_loss(
+            self.t2i, self.denoiser, latents, condition, noise, self.config.snr_gamma, self.perceptual
+        )
 
     @cached_property
     def _max_tokens(self) -> int:

@@ -1,0 +1,154 @@
+"""The perceptual loss: what it measures, whom it teaches, and that it is off unless asked for."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training
+from builders import build_bert, build_tokenizer
+from torch import Tensor, nn
+from training import assert_same, reset_accelerate, snapshot
+
+from train import perceptual, train_t2i, train_vilex
+from train.nets import STAGES_SIZE, EfficientNetLite2
+from train.perceptual import PerceptualLoss, build_perceptual
+from train.presets import PRESETS
+from train.run import RunOptions, load_data, override
+from train.state import _step
+from vilex.loss import diffusion_loss, draw_noise
+
+TINY = PRESETS["tiny"]
+
+
+class Teacher(nn.Module):
+    """A random stand-in for EfficientNet-lite2 with two stages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 5, 4, stride=2), nn.Conv2d(5, 7, 4, stride=2)
+        self.requires_grad_(False)
+
+    def stages(self, pixels: Tensor) -> list[Tensor]:
+        first = self.first(pixels)
+        return [first, self.second(first)]
+
+
+def build_run(tmp_path: Path, **settings: float) -> train_t2i.T2IRun:
+    reset_accelerate()
+    training.write_table(tmp_path / "pictures.parquet")
+    tokenizer = build_tokenizer("bert")
+    tokenizer.save_pretrained(tmp_path / "text")
+    torch.manual_seed(0)
+    build_bert(len(tokenizer)).save_pretrained(tmp_path / "text")
+    config = override(TINY.t2i, settings)
+    t2i = train_t2i.build_model(TINY, str(tmp_path / "text"), None, config.seed)
+    pictures, _ = load_data(32, [tmp_path / "pictures.parquet"])
+    return train_t2i.T2IRun(t2i, pictures, None, TINY, config, RunOptions(tmp_path / "run", fp32=True))
+
+
+@pytest.fixture(autouse=True)
+def teacher(monkeypatch):
+    monkeypatch.setattr(perceptual, "load_efficientnet", Teacher)
+
+
+def test_equal_pictures_are_at_0_and_opposite_features_at_4_a_stage():
+    loss = PerceptualLoss(Teacher(), 2, weight=1.0)
+    a, b = torch.randn(2, 3, 12, 16, 20)
+    assert loss(a, a) == 0 < loss(a, b)
+    assert PerceptualLoss(Teacher(), 2, weight=0.5)(a, b).item() == pytest.approx(loss(a, b).item() / 2)
+    maps = iter([[torch.ones(2, 3, 4, 5)], [-torch.ones(2, 3, 4, 5)]])
+    assert PerceptualLoss(SimpleNamespace(stages=lambda pixels: next(maps)), 2, 1.0)(a, b).item() == pytest.approx(4)
+
+
+def test_pictures_are_seen_as_pictures():
+    """The latents are folded pixels: the teacher gets them unfolded."""
+    seen, pixels = [], torch.randn(2, 3, 12, 20)
+    teacher = SimpleNamespace(stages=lambda pixels: seen.append(pixels) or [pixels])
+    PerceptualLoss(teacher, 4, 1.0)(F.pixel_unshuffle(pixels, 4), F.pixel_unshuffle(pixels + 1, 4))
+    assert torch.equal(seen[0], pixels + 1)
+    assert torch.equal(seen[1], pixels)
+
+
+def test_a_gradient_reaches_the_estimate_alone():
+    loss = PerceptualLoss(Teacher(), 2, 1.0)
+    a, b = torch.randn(2, 3, 12, 16, 20).unbind()
+    a.requires_grad_()
+    b.requires_grad_()
+    loss(a, b).backward()
+    assert a.grad.abs().sum() > 0
+    assert b.grad is None
+    assert not any(p.requires_grad for p in loss.parameters())
+
+
+def test_the_real_teacher_has_five_stages_and_sees_small_pictures_larger():
+    net, pixels = EfficientNetLite2().eval(), torch.rand(1, 3, 48, 48, requires_grad=True)
+    maps = net.stages(pixels)
+    assert [STAGES_SIZE // m.shape[-1] for m in maps] == [2, 4, 8, 16, 32]
+    maps[-1].sum().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert net.stages(torch.rand(1, 3, 160, 160))[0].shape[-2:] == (80, 80)
+
+
+def test_what_is_compared_is_the_x0_of_each_noise(tmp_path):
+    """A denoiser that predicts just what it should implies the very picture, at every timestep."""
+    t2i = build_run(tmp_path).t2i
+    latents = torch.randn(2, *t2i.latent_shape)
+    condition = train_t2i.Conditioning(torch.randn(2, 3, 16), torch.randn(2, 16))
+    noise = draw_noise(t2i, 6, torch.Generator().manual_seed(0))
+    thrice = latents.repeat(3, 1, 1, 1)
+    t2i.denoise = lambda noisy, timesteps, *_: t2i.target(thrice, noise.values, timesteps)
+    compared = []
+
+    def distance(estimate: Tensor, of: Tensor) -> Tensor:
+        compared.append((estimate, of))
+        return torch.tensor(7.0)
+
+    loss = diffusion_loss(t2i, t2i.denoiser, latents, condition, noise, 0.0, distance)
+    assert loss.item() == pytest.approx(7)
+    torch.testing.assert_close(compared[0][0], thrice, atol=1e-4, rtol=1e-4)
+    assert torch.equal(compared[0][1], thrice)
+
+
+def test_off_there_is_no_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(perceptual, "load_efficientnet", None)  # calling it would fail
+    assert build_run(tmp_path).perceptual is None
+
+
+def test_latents_are_not_pictures():
+    with pytest.raises(ValueError, match="perceptual_weight 0.5 needs a model that draws pixels"):
+        build_perceptual(SimpleNamespace(embedded=False), 0.5)
+
+
+def test_tokens_learn_from_it(tmp_path):
+    t2i = build_run(tmp_path).t2i
+    pictures, _ = load_data(32, [tmp_path / "pictures.parquet"])
+
+    def gradient(weight: float) -> Tensor:
+        reset_accelerate()
+        model, options = train_vilex.build_model(TINY, t2i, seed=0), RunOptions(tmp_path / f"{weight}", fp32=True)
+        config = override(TINY.vilex, {"perceptual_weight": weight})
+        run = train_vilex.VilexRun(t2i, model, pictures, None, TINY, config, options)
+        run.loss(0, 0).backward()
+        return torch.cat([p.grad.flatten() for p in run.module.parameters()])
+
+    plain, both = gradient(0.0), gradient(1.0)
+    assert (both - plain).norm() > 0.1 * plain.norm() > 0
+
+
+def test_the_denoiser_learns_from_it_and_the_teacher_does_not(tmp_path, monkeypatch):
+    def perceptual_alone(*given):
+        return diffusion_loss(*given) - diffusion_loss(*given[:-1], None)
+
+    run = build_run(tmp_path, perceptual_weight=1.0, learning_rate=3e-3, warmup_steps=0, max_steps=100)
+    plain, both = build_run(tmp_path).loss(0, 0), run.loss(0, 0)
+    assert both > plain
+    before = snapshot(run.perceptual)
+    monkeypatch.setattr(train_t2i, "diffusion_loss", perceptual_alone)
+    losses = [_step(run.state, run.model, lambda step, micro: run.loss(0, micro))[0].item() for _ in range(10)]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert_same(before, snapshot(run.perceptual))
+    assert not any("perceptual" in name or "teacher" in name for name in run.module.state_dict())
