@@ -6,45 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import training
-from builders import build_bert, build_tokenizer
 from safetensors import safe_open
-from torch import Tensor, nn
-from training import assert_same, checkpoint, reset_accelerate, snapshot
+from torch import Tensor
+from training import Teacher, assert_same, build_t2i_run, checkpoint, snapshot
 
 from train import train_t2i
 from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side
 from train.data import background_colours
-from train.presets import PRESETS
-from train.run import RunOptions, load_data, override
 from train.state import TrainState, _step
 from vilex.config import GenerationConfig
 from vilex.loss import diffusion_loss
 
-TINY = PRESETS["tiny"]
-
-
-class Teacher(nn.Module):
-    """A random stand-in for EfficientNet-lite2: a map (B,5,10,10) of 32 px pictures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Conv2d(3, 5, 4, stride=3).requires_grad_(False)
-
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> SimpleNamespace:
-    folder = tmp_path_factory.mktemp("align")
-    training.write_table(folder / "pictures.parquet")
-    tokenizer = build_tokenizer("bert")
-    tokenizer.save_pretrained(folder / "text")
-    torch.manual_seed(0)
-    build_bert(len(tokenizer)).save_pretrained(folder / "text")
-    return SimpleNamespace(data=folder / "pictures.parquet", text=folder / "text")
+    return training.write_files(tmp_path_factory.mktemp("align"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +30,6 @@ def small(monkeypatch):
     monkeypatch.setattr(train_t2i, "GenerationConfig", lambda **kw: GenerationConfig(**kw, num_inference_steps=1))
 
 
-def build_run(files: SimpleNamespace, out: Path, **settings: float) -> train_t2i.T2IRun:
-    reset_accelerate()
-    config = override(TINY.t2i, settings)
-    t2i = train_t2i.build_model(TINY, str(files.text), None, config.seed)
-    pictures, _ = load_data(32, [files.data])
-    return train_t2i.T2IRun(t2i, pictures, None, TINY, config, RunOptions(out, fp32=True))
-
-
 def invoke(files: SimpleNamespace, out: Path, *more: str):
     return training.invoke(train_t2i.main, "--preset", "tiny", "--data", files.data, "--text-encoder", files.text,
                            "--out", out, "--fp32", *more)  # fmt: skip
@@ -69,7 +37,7 @@ def invoke(files: SimpleNamespace, out: Path, *more: str):
 
 def test_off_there_is_no_teacher_no_projector_and_the_plain_loss(files, tmp_path, monkeypatch):
     monkeypatch.setattr(train_t2i, "load_efficientnet", None)  # calling it would fail
-    run = build_run(files, tmp_path)
+    run = build_t2i_run(files, tmp_path)
     assert run.module is run.t2i.denoiser
     assert not run.module.mid_block._forward_hooks
     plain = []
@@ -81,7 +49,7 @@ def test_the_first_diffusion_loss_is_the_same_on_and_off(files, tmp_path, monkey
     """The projector draws from a generator of its own, so the denoiser starts from the same weights."""
     plain = []
     monkeypatch.setattr(train_t2i, "diffusion_loss", lambda *a: plain.append(diffusion_loss(*a)) or plain[-1])
-    off, on = build_run(files, tmp_path), build_run(files, tmp_path, align_weight=0.5)
+    off, on = build_t2i_run(files, tmp_path), build_t2i_run(files, tmp_path, align_weight=0.5)
     assert_same(snapshot(off.module), snapshot(on.module.denoiser))
     total = on.loss(0, 0)
     assert torch.equal(off.loss(0, 0), plain[0])
@@ -100,7 +68,7 @@ def batch_pixels(run: train_t2i.T2IRun) -> Tensor:
 
 def test_projector_and_denoiser_learn_and_the_teacher_does_not(files, tmp_path, monkeypatch):
     monkeypatch.setattr(train_t2i, "diffusion_loss", lambda *a: diffusion_loss(*a) * 0)  # alignment alone
-    run = build_run(files, tmp_path, align_weight=1.0, learning_rate=3e-3, warmup_steps=0, max_steps=100)
+    run = build_t2i_run(files, tmp_path, align_weight=1.0, learning_rate=3e-3, warmup_steps=0, max_steps=100)
     teacher = snapshot(run.teacher.teacher.__self__)
     run.loss(0, 0).backward()
     for name, parameter in run.module.projector.named_parameters():
@@ -113,7 +81,7 @@ def test_projector_and_denoiser_learn_and_the_teacher_does_not(files, tmp_path, 
 
 
 def test_several_noises_of_a_picture_share_its_features(files, tmp_path):
-    run = build_run(files, tmp_path, align_weight=1.0, noise_draws=3)
+    run = build_t2i_run(files, tmp_path, align_weight=1.0, noise_draws=3)
     run.loss(0, 0)
     assert run.module.told.shape == (3 * 4, 16, 5)
     told, features = torch.randn(6, 7, 3), torch.randn(2, 7, 3)
@@ -122,7 +90,7 @@ def test_several_noises_of_a_picture_share_its_features(files, tmp_path):
 
 
 def test_the_table_holds_what_the_teacher_says_of_each_look(files, tmp_path):
-    run = build_run(files, tmp_path, align_weight=1.0)
+    run = build_t2i_run(files, tmp_path, align_weight=1.0)
     pictures, seed = run.pictures, run.config.seed
     assert 0 < pictures.cut_out.sum() < len(pictures)
     table = FeatureTable(run.teacher, pictures, variants=3, seed=seed)
@@ -133,7 +101,7 @@ def test_the_table_holds_what_the_teacher_says_of_each_look(files, tmp_path):
 
 
 def test_a_table_is_made_on_an_accelerator_that_can_hold_it(files, tmp_path, monkeypatch):
-    run = build_run(files, tmp_path, align_weight=1.0)
+    run = build_t2i_run(files, tmp_path, align_weight=1.0)
     tables = []
     monkeypatch.setattr(train_t2i, "FeatureTable", lambda *given: tables.append(FeatureTable(*given)) or tables[-1])
     run._build_targets()
@@ -153,7 +121,7 @@ def test_alignment_loss_runs_from_0_for_parallel_to_2_for_opposite_features():
 
 
 def test_the_bottleneck_is_where_the_teacher_is_asked(files, tmp_path):
-    run = build_run(files, tmp_path, align_weight=1.0)
+    run = build_t2i_run(files, tmp_path, align_weight=1.0)
     assert bottleneck_side(run.t2i.denoiser) == run.teacher.side == 4
     assert isinstance(run.module, AlignedDenoiser)
 
@@ -175,7 +143,7 @@ def test_an_aligned_run_resumes_exactly_and_ships_the_denoiser_alone(files, tmp_
     assert any(name.startswith("projector.") for name in checkpoint(tmp_path / "whole")["module"])
     with safe_open(tmp_path / "whole" / "t2i" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as shipped:
         names = set(shipped.keys())
-    assert names == set(build_run(files, tmp_path).t2i.denoiser.state_dict())
+    assert names == set(build_t2i_run(files, tmp_path).t2i.denoiser.state_dict())
 
 
 def test_a_run_is_not_resumed_with_another_weight(files, tmp_path):

@@ -1,16 +1,14 @@
 """The perceptual loss: what it measures, whom it teaches, and that it is off unless asked for."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import training
-from builders import build_bert, build_tokenizer
 from sklearn.datasets import load_sample_image
-from torch import Tensor, nn
-from training import assert_same, reset_accelerate, snapshot
+from torch import Tensor
+from training import Teacher, assert_same, build_t2i_run, reset_accelerate, snapshot
 
 from train import perceptual, train_t2i, train_vilex
 from train.nets import STAGES_SIZE, EfficientNetLite2, load_efficientnet, resize
@@ -24,32 +22,9 @@ from vilex.loss import diffusion_loss, draw_noise
 TINY = PRESETS["tiny"]
 
 
-class Teacher(nn.Module):
-    """A random stand-in for EfficientNet-lite2 with two stages."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.first, self.second = nn.Conv2d(3, 5, 4, stride=2), nn.Conv2d(5, 7, 4, stride=2)
-        self.requires_grad_(False)
-
-    def stages(self, pixels: Tensor) -> list[Tensor]:
-        first = self.first(pixels)
-        return [first, self.second(first)]
-
-
-def build_run(tmp_path: Path, **settings: float) -> train_t2i.T2IRun:
-    reset_accelerate()
-    training.write_table(tmp_path / "pictures.parquet")
-    tokenizer = build_tokenizer("bert")
-    tokenizer.save_pretrained(tmp_path / "text")
-    torch.manual_seed(0)
-    build_bert(len(tokenizer)).save_pretrained(tmp_path / "text")
-    config = override(TINY.t2i, settings)
-    t2i = train_t2i.build_model(TINY, str(tmp_path / "text"), None, config.seed)
-    pictures, _ = load_data(32, [tmp_path / "pictures.parquet"])
-    return train_t2i.T2IRun(t2i, pictures, None, TINY, config, RunOptions(tmp_path / "run", fp32=True))
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> SimpleNamespace:
+    return training.write_files(tmp_path_factory.mktemp("perceptual"))
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +81,9 @@ def test_odd_and_even_pixels_weigh_alike():
     assert power.max() < 1.2 * power.min()
 
 
-def test_what_is_compared_is_the_x0_of_each_noise(tmp_path):
+def test_what_is_compared_is_the_x0_of_each_noise(files, tmp_path):
     """A denoiser that predicts just what it should implies the very picture, at every timestep."""
-    t2i = build_run(tmp_path).t2i
+    t2i = build_t2i_run(files, tmp_path).t2i
     latents = torch.randn(2, *t2i.latent_shape)
     condition = train_t2i.Conditioning(torch.randn(2, 3, 16), torch.randn(2, 16))
     noise = draw_noise(t2i, 6, torch.Generator().manual_seed(0))
@@ -126,9 +101,9 @@ def test_what_is_compared_is_the_x0_of_each_noise(tmp_path):
     assert torch.equal(compared[0][1], thrice)
 
 
-def test_off_there_is_no_teacher(tmp_path, monkeypatch):
+def test_off_there_is_no_teacher(files, tmp_path, monkeypatch):
     monkeypatch.setattr(perceptual, "load_efficientnet", None)  # calling it would fail
-    assert build_run(tmp_path).perceptual is None
+    assert build_t2i_run(files, tmp_path).perceptual is None
 
 
 def test_latents_are_not_pictures():
@@ -136,9 +111,9 @@ def test_latents_are_not_pictures():
         build_perceptual(SimpleNamespace(embedded=False), 0.5)
 
 
-def test_tokens_learn_from_it(tmp_path):
-    t2i = build_run(tmp_path).t2i
-    pictures, _ = load_data(32, [tmp_path / "pictures.parquet"])
+def test_tokens_learn_from_it(files, tmp_path):
+    t2i = build_t2i_run(files, tmp_path).t2i
+    pictures, _ = load_data(32, [files.data])
 
     def gradient(weight: float) -> Tensor:
         reset_accelerate()
@@ -152,12 +127,12 @@ def test_tokens_learn_from_it(tmp_path):
     assert (both - plain).norm() > 0.1 * plain.norm() > 0
 
 
-def test_the_denoiser_learns_from_it_and_the_teacher_does_not(tmp_path, monkeypatch):
+def test_the_denoiser_learns_from_it_and_the_teacher_does_not(files, tmp_path, monkeypatch):
     def perceptual_alone(*given):
         return diffusion_loss(*given) - diffusion_loss(*given[:-1], None)
 
-    run = build_run(tmp_path, perceptual_weight=1.0, learning_rate=3e-3, warmup_steps=0, max_steps=100)
-    plain, both = build_run(tmp_path).loss(0, 0), run.loss(0, 0)
+    run = build_t2i_run(files, tmp_path, perceptual_weight=1.0, learning_rate=3e-3, warmup_steps=0, max_steps=100)
+    plain, both = build_t2i_run(files, tmp_path).loss(0, 0), run.loss(0, 0)
     assert both > plain
     before = snapshot(run.perceptual)
     monkeypatch.setattr(train_t2i, "diffusion_loss", perceptual_alone)

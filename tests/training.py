@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -11,9 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from builders import build_bert, build_tokenizer
 from click.testing import CliRunner, Result
 from PIL import Image
 from torch import Tensor, nn
+
+from train.presets import PRESETS
+from train.run import RunOptions, load_data, override
+from train.train_t2i import T2IRun, build_model
 
 
 def write_table(path: Path) -> None:
@@ -26,6 +32,44 @@ def write_table(path: Path) -> None:
         rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "source": "emoji", "style": "sketch",
                      "label": "dog" if i % 2 else "cat"})  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def write_files(folder: Path) -> SimpleNamespace:
+    """The small table and a random text encoder."""
+    write_table(folder / "pictures.parquet")
+    tokenizer = build_tokenizer("bert")
+    tokenizer.save_pretrained(folder / "text")
+    torch.manual_seed(0)
+    build_bert(len(tokenizer)).save_pretrained(folder / "text")
+    return SimpleNamespace(data=folder / "pictures.parquet", text=folder / "text")
+
+
+class Teacher(nn.Module):
+    """A random stand-in for EfficientNet-lite2: a map (B,5,10,10) of 32 px pictures, and one more from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net, self.second = nn.Conv2d(3, 5, 4, stride=3), nn.Conv2d(5, 7, 2)
+        self.requires_grad_(False)
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels)
+
+    def stages(self, pixels: Tensor) -> list[Tensor]:
+        first = self.net(pixels)
+        return [first, self.second(first)]
+
+
+def build_t2i_run(files: SimpleNamespace, out: Path, **settings: float) -> T2IRun:
+    """A run of the tiny preset, not started."""
+    reset_accelerate()
+    tiny = PRESETS["tiny"]
+    config = override(tiny.t2i, settings)
+    t2i = build_model(tiny, str(files.text), None, config.seed)
+    pictures, _ = load_data(32, [files.data])
+    return T2IRun(t2i, pictures, None, tiny, config, RunOptions(out, fp32=True))
 
 
 def write_shard(path: Path, files: dict[str, bytes]) -> None:

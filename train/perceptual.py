@@ -1,7 +1,8 @@
 """Perceptual loss: the x0 that a denoiser's prediction implies should look like the picture to a trained network.
 
 Squared error alone is least for the mean of all that could be there, which is a blur that no picture looks like.
-Source: Lin and Yang 2024, Diffusion Model with Perceptual Loss; distances as in LPIPS (Zhang et al. 2018, Eq. 1).
+Sources: Lin and Yang 2024, Diffusion Model with Perceptual Loss; Ma et al. 2026, PixelGen; the distance is that of
+LPIPS (Zhang et al. 2018, Eq. 1) without its weights.
 """
 
 import torch
