@@ -36,6 +36,7 @@ def test_equal_pictures_are_at_0_and_opposite_features_at_4_a_stage():
     loss = PerceptualLoss(Teacher(), 2, weight=1.0)
     a, b = torch.randn(2, 3, 12, 16, 20)
     assert loss(a, a) == 0 < loss(a, b)
+    assert loss(torch.cat([a, b]), a).item() == pytest.approx(loss(b, a).item() / 2)  # two draws of each picture
     assert PerceptualLoss(Teacher(), 2, weight=0.5)(a, b).item() == pytest.approx(loss(a, b).item() / 2)
     maps = iter([[torch.ones(2, 3, 4, 5)], [-torch.ones(2, 3, 4, 5)]])
     assert PerceptualLoss(SimpleNamespace(stages=lambda pixels: next(maps)), 2, 1.0)(a, b).item() == pytest.approx(4)
@@ -98,7 +99,7 @@ def test_what_is_compared_is_the_x0_of_each_noise(files, tmp_path):
     loss = diffusion_loss(t2i, t2i.denoiser, latents, condition, noise, 0.0, distance)
     assert loss.item() == pytest.approx(7)
     torch.testing.assert_close(compared[0][0], thrice, atol=1e-4, rtol=1e-4)
-    assert torch.equal(compared[0][1], thrice)
+    assert torch.equal(compared[0][1], latents)
 
 
 def test_off_there_is_no_teacher(files, tmp_path, monkeypatch):

@@ -24,12 +24,12 @@ class PerceptualLoss(nn.Module):
         self.teacher, self.pixel_unshuffle, self.weight = teacher, pixel_unshuffle, weight
 
     def forward(self, estimate: Tensor, latents: Tensor) -> Tensor:
-        """`weight` times the distance of pictures estimated from those that are, both (B,C,h,w); 0-d, 0 for equal ones.
+        """`weight` times the distance of K draws (K*B,C,h,w), one after the other, from pictures (B,C,h,w); 0-d.
 
         Per stage the mean over positions of the squared distance of unit vectors along the channels, 0 to 4.
         """
         with torch.no_grad():
-            wanted = self._stages(latents)
+            wanted = [seen.repeat(len(estimate) // len(latents), 1, 1, 1) for seen in self._stages(latents)]
         pairs = zip(self._stages(estimate), wanted, strict=True)
         return self.weight * torch.stack([_distance(a, b) for a, b in pairs]).sum()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vilex.diffusion import Conditioning, TextToImage
 
-Distance = Callable[[Tensor, Tensor], Tensor]  # of latents (B,C,h,w) from others, 0-d
+Distance = Callable[[Tensor, Tensor], Tensor]  # of K draws (K*B,C,h,w), one after the other, from latents (B,C,h,w)
 MAX_X0_WEIGHT = 10.0  # reached where the noise's standard deviation is 0.32
 
 
@@ -52,7 +52,7 @@ def diffusion_loss(
     prediction implies is from the latents.
     """
     draws = len(noise.timesteps) // len(latents)
-    latents = latents.repeat(draws, 1, 1, 1)
+    pictures, latents = latents, latents.repeat(draws, 1, 1, 1)
     condition = Conditioning.concatenate([condition] * draws)
     noisy_latents = t2i.add_noise(latents, noise.values, noise.timesteps)
     told = noisy_latents.to(condition.prompt_embeds)
@@ -62,7 +62,7 @@ def diffusion_loss(
     loss = (errors * loss_weights(t2i, noise.timesteps, snr_gamma)).mean()
     if perceptual is None:
         return loss
-    return loss + perceptual(t2i.estimate_clean(noisy_latents, prediction, noise.timesteps), latents)
+    return loss + perceptual(t2i.estimate_clean(noisy_latents, prediction, noise.timesteps), pictures)
 
 
 def loss_weights(t2i: TextToImage, timesteps: Tensor, snr_gamma: float = 0.0) -> Tensor:
