@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +79,11 @@ def stop_app(process: subprocess.Popen) -> None:
         process.wait()
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@contextmanager
+def serve(folder: Path, *flags: str, **environment: str) -> Iterator[Server]:
     """The app on `nano`, the faster of the models that come with the code."""
-    log_path = tmp_path_factory.mktemp("app") / "log.txt"
-    process, url = start_app(log_path, "--mcp", "--model", MODEL)
+    log_path = folder / "log.txt"
+    process, url = start_app(log_path, "--model", MODEL, *flags, **environment)
     try:
         wait_until_up(process, url, log_path)
         server = Server(url, log_path)
@@ -90,6 +91,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
     finally:
         stop_app(process)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serve(tmp_path_factory.mktemp("app"), "--mcp") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
