@@ -1,6 +1,6 @@
 """The same picture, settings and seed give the same result from app, API, command line and PNG; 20 steps, real weights.
 
-In fp32: bf16 rounds otherwise with every number of threads and size of batch, by up to three levels of 255 on average.
+In fp32: in bf16 the smallest difference, such as another number of threads, can grow to three levels of 255 on average.
 """
 
 import os
