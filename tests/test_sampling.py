@@ -1,6 +1,7 @@
 """The sampling loop: steps, branches, seeds and stopping."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_what_leaves_the_range_is_clipped_in_pixel_space(t2i, conditions):
     for name in ("dpm++", "sde-dpm++", "ddim", "ddpm"):
         latents = sample(t2i, conditions, GenerationConfig(num_inference_steps=3, scheduler=name))
         assert torch.equal(latents, torch.ones_like(latents))
+
+
+@pytest.mark.parametrize("name", ["dpm++", "sde-dpm++", "ddim", "ddpm"])
+def test_estimates_are_cored(t2i, conditions, name):
+    """12.75 of 255 levels are a tenth of half the range: so much of a checkerboard is gone, in the middle of it."""
+    size = torch.arange(t2i.image_size)
+    board = ((size[:, None] + size) % 2 - 0.5).expand(1, 3, -1, -1)
+    t2i.denoise = oracle(t2i, t2i.encode(board))
+    config = GenerationConfig(num_inference_steps=3, scheduler=name)
+    plain = t2i.decode(sample(t2i, conditions, config))
+    t2i.config = replace(t2i.config, coring=12.75)
+    cored = t2i.decode(sample(t2i, conditions, config))
+    torch.testing.assert_close(plain, board, atol=1e-4, rtol=0)
+    torch.testing.assert_close(cored[..., 1:-1, 1:-1], 0.8 * board[..., 1:-1, 1:-1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

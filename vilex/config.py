@@ -231,4 +231,5 @@ class T2IConfig(Config):
     token_frequencies: int = setting(0, 0, 64, "waves that tell the denoiser where in the prompt a token stands")
     prompt_scale: float = setting(1.0, 0.1, 100, "factor of what the denoiser's cross-attention reads")
     context_length: int = setting(128, 8, 1024, "positions every prompt is padded to")
+    coring: float = setting(0.0, 0, 255, "levels of 255 that the finest checkerboard loses at each step of a sample")
     text_encoder: str = MINILM_ID

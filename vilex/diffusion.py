@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vilex.checkpoint import load_pretrained
 from vilex.config import T2IConfig
+from vilex.coring import core
 from vilex.flow import StableDiffusion3
 from vilex.flux import Flux
 from vilex.latent import LatentModel, StableDiffusion, StableDiffusionXL
@@ -112,6 +113,12 @@ class EmbeddedModel(TextToImage):
     def decode(self, latents: Tensor) -> Tensor:
         """(B,C,h,w) -> pixels (B,3,H,W), clamped to [-1,1]; the inverse of `encode`."""
         return F.pixel_shuffle(latents, self.config.pixel_unshuffle).clamp(-1, 1)
+
+    def clip(self, latents: Tensor) -> Tensor:
+        """An estimate of x0 (B,C,h,w) as a picture can be: in [-1,1] and cored."""
+        if not self.config.coring:
+            return latents.clamp(-1, 1)
+        return self.encode(core(self.decode(latents), self.config.coring / 127.5))
 
     def save_pretrained(self, folder: Path, max_shard_size: str = "45MB", dtype: torch.dtype = torch.float16) -> None:
         """Writes U-Net, scheduler and settings; the text encoder is named, not copied."""

@@ -75,10 +75,12 @@ class Step:
 
 
 class ClippedDPMSolver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ for pictures in [-1,1]: thresholding at a maximum of 1 without sorting all pixels for it."""
+    """DPM-Solver++ for pictures: at each step the model makes x0 one that can be, in place of diffusers' threshold."""
+
+    clip: Callable[[Tensor], Tensor]  # the model's
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
-        return sample.clamp(-1, 1)
+        return self.clip(sample)
 
 
 class FlowEuler(FlowMatchEulerDiscreteScheduler):
@@ -99,6 +101,8 @@ def build_scheduler(name: str, t2i: TextToImage, num_inference_steps: int) -> Sc
         base = _settings(t2i.scheduler) | {"use_dynamic_shifting": False, "shift": t2i.shift}
         return _flow_scheduler(name, t2i, base, num_inference_steps)
     scheduler = copy.deepcopy(_unset_scheduler(name, t2i.scheduler, t2i.embedded))
+    if t2i.embedded:
+        scheduler.clip = t2i.clip
     scheduler.set_timesteps(timesteps=trailing_timesteps(scheduler, num_inference_steps))
     return scheduler
 
