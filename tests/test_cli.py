@@ -325,6 +325,13 @@ def test_redo_draws_the_same_picture_again(folder, sharing):
     assert abs(pixels_of("again/dog+cat-mix-seed9-redo.png") - pixels_of("out/dog+cat-mix-seed10.png")).max() > 6
 
 
+def test_redo_says_that_it_does_not_need_the_photo(folder):
+    assert run("reconstruct", "dog.png", "--tokens", "4", "--out", "out", "--share-tokens", *FAST).exit_code == 0
+    said = "dog-t4.png: it holds the tokens of its pictures, so --photo is not used for it"
+    assert said in run("redo", "out/dog-t4.png", "--photo", "dog.png", "--out", "again").stderr
+    assert said not in run("redo", "out/dog-t4.png", "--out", "again").stderr
+
+
 def test_redo_says_what_is_other_here(folder):
     run("generate", "--prompt", "a red dog", "--count", "1", "--out", "out", *FAST)
     path = Path("out/a-red-dog-seed0.png")

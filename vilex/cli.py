@@ -281,6 +281,8 @@ def redo(engine: Engine, pngs: Sequence[Path], photos: Sequence[Source], output:
     with progress(len(inputs)) as advance:
         for stem, (recipe, words) in each_readable(inputs, read, advance):
             note(inputs[stem].name, differences(recipe, desk.pipeline))
+            if given and recipe.images and all(image.code for image in recipe.images):
+                note(inputs[stem].name, "it holds the tokens of its pictures, so --photo is not used for it")
             tokens, names = [word.vilex_tokens for word in words], [word.name for word in words]
             [image] = desk.pipeline.generate(recipe.prompt, tokens, recipe.config, names=names).images
             again = build_recipe(desk.pipeline, recipe.prompt, recipe.config, recipe.images)
