@@ -208,7 +208,8 @@ def read_recipe(
 ) -> tuple[Recipe, list[InputWord]]:
     """The recipe of a PNG and the words of its pictures, from the codes inside or else from `photos` in order.
 
-    Raises ValueError with the file's name when there is no recipe, or photos are missing or left over.
+    Raises ValueError with the file's name when there is no recipe, or when there are not as many photos as pictures
+    without a code; photos are not read where no picture needs one.
     """
     recipe = load_recipe(source)
     if recipe is None:
