@@ -81,6 +81,7 @@ _OPTIONS = (
     click.option("--learning-rate", type=float, help="Instead of the preset's."),
     click.option("--perceptual-weight", type=float, help="Of how unlike x0 looks to EfficientNet-lite2; 0 = off."),
     click.option("--warmup-steps", type=int, help="Instead of the preset's."),
+    click.option("--timestep-shift", type=float, help="Above 1 the noisier timesteps are drawn more often."),
     click.option("--seed", type=int, help="Instead of the preset's."),
     click.option(
         "--workers",
