@@ -210,6 +210,13 @@ def test_checkpointed_gradients_train_alike(kind, files, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["t2i", "vilex"])
+def test_what_the_command_line_says_stands_in_for_the_preset(kind, files, tmp_path):
+    given = {"max_steps": 1, "warmup_steps": 0, "timestep_shift": 2.5, "learning_rate": 0.002, "seed": 7}
+    succeed(kind, files, tmp_path, *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()))
+    assert given.items() <= checkpoint(tmp_path)["config"].items()
+
+
+@pytest.mark.parametrize("kind", ["t2i", "vilex"])
 def test_compiled_networks_train_alike_and_see_one_shape(kind, files, tmp_path, monkeypatch):
     lengths, losses, forward = set(), [], UNet2DConditionModel.forward
 
