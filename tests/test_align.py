@@ -11,8 +11,9 @@ from torch import Tensor
 from training import Teacher, assert_same, build_t2i_run, checkpoint, snapshot
 
 from train import train_t2i
-from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side
+from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.data import background_colours
+from train.features import FeatureTable
 from train.state import TrainState, _step
 from vilex.config import GenerationConfig
 from vilex.loss import diffusion_loss

@@ -17,6 +17,7 @@ from train.captions import (
     POSITIONS,
     dense_caption,
     measure,
+    short_captions,
     write_caption,
     write_captions,
 )
@@ -102,6 +103,14 @@ def test_dense_caption_names_all_nine_places():
     places = ", ".join(f"{position} {colour}" for position, colour in zip(POSITIONS, NINE, strict=True))
     assert dense_caption(record, pixels).startswith("a photo of a flag. ")
     assert dense_caption(record, torch.from_numpy(pixels)).endswith(f". {places}")
+
+
+def test_short_captions_say_what_is_shown_and_two_colours():
+    records = [Record("0", "tiny-imagenet", label="flag"), Record("1", "emoji")]
+    halves = np.full((3, 64, 64), 252, np.uint8)
+    halves[:, :24] = np.array(COLOURS["red"])[:, None, None]
+    assert short_captions(records, np.stack([halves, halves]))[0] == "a photo of a flag. white and red"
+    assert dense_caption(records[0], halves).startswith("a photo of a flag. white and red. top left red")
 
 
 def test_every_place_and_row_that_is_written_is_true():

@@ -236,8 +236,8 @@ def test_efficientnet_shapes_and_range_of_its_map() -> None:
     with torch.no_grad():
         features, logits = net(pixels)
         assert features.shape == (2, 1280) and logits.shape == (2, 1000)
-        assert net.patch_features(pixels, dilated=True).shape == (2, 352, 16, 16)
-        assert net.patch_features(pixels, dilated=False).shape == (2, 352, 8, 8)
+        assert net.patch_features(pixels).shape == (2, 352, 16, 16)
+        assert net.coarse_features(pixels).shape == (2, 352, 5, 5)
 
 
 # Files
@@ -363,7 +363,7 @@ def test_real_efficientnet_knows_a_palace() -> None:
 @needs_efficientnet
 def test_real_dilated_map_keeps_the_plain_one_up_to_resolution() -> None:
     net = nets.load_efficientnet()
-    fine, coarse = net.patch_features(photo(), True), net.patch_features(photo(), False)
+    fine, coarse = net.patch_features(photo()), net.coarse_features(photo())
     similarity = torch.cosine_similarity(fine.mean((2, 3)), coarse.mean((2, 3)))
     assert 0.5 < similarity.item() < 0.9999
 

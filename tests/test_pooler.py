@@ -35,6 +35,20 @@ def test_dropping_tail_tokens_equals_encoding_fewer(pooler, patch_tokens, num_to
     torch.testing.assert_close(pooler(patch_tokens.double(), num_tokens), kept, rtol=0, atol=1e-13)
 
 
+def test_biases_of_tokens_start_at_nothing_and_move_their_own_token_alone(pooler, patch_tokens):
+    plain = pooler(patch_tokens)
+    pooler.add_token_bias()
+    torch.testing.assert_close(pooler(patch_tokens), plain, rtol=0, atol=0)
+    with torch.no_grad():
+        pooler.token_bias[2] = 1.0
+    moved = pooler(patch_tokens) - plain
+    torch.testing.assert_close(moved[:, 2], torch.ones(BATCH, 14))
+    assert not moved[:, [0, 1, *range(3, 11)]].any() and not (pooler(patch_tokens, 2) - plain[:, :2]).any()
+    again = VilexPooler(pooler.config)
+    again.load_state_dict(pooler.state_dict())
+    torch.testing.assert_close(again(patch_tokens), pooler(patch_tokens), rtol=0, atol=0)
+
+
 def test_patch_order_does_not_matter(pooler, patch_tokens):
     order = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(2))
     shuffled = pooler.double()(patch_tokens[:, order].double())

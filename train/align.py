@@ -5,17 +5,11 @@ beside the denoiser and thrown away; what was the teacher must not judge the res
 Source: Yu et al. 2025, Representation Alignment for Generation (REPA).
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from train.data import Pictures, background_colours
-from train.distil import TeacherFeatures
-
-_CHUNK = 256  # pictures that the teacher sees together
 _HIDDEN = 512  # width of the projector
 
 
@@ -61,44 +55,6 @@ def build_projector(width: int, feature_width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(width, _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, feature_width)
     )
-
-
-class FeatureTable:
-    """A teacher's features of all pictures, asked once: on a GPU the teacher takes nearly as long as the denoiser.
-
-    Holds a row per picture, as it looks in its first variant, then the cut-outs' on the backgrounds of each other one.
-    """
-
-    def __init__(self, teacher: TeacherFeatures, pictures: Pictures, variants: int, seed: int) -> None:
-        self.places = pictures.alpha_rows.to(pictures.device) - 1  # of a picture among the cut-outs; -1 for the others
-        everything = torch.arange(len(pictures))
-        cut_outs = pictures.cut_out.cpu().nonzero().flatten()
-        self.pictures, self.cut_outs = len(everything), len(cut_outs)
-        looks = [(indices, v) for v in range(variants) for indices in (cut_outs if v else everything).split(_CHUNK)]
-        told = (teacher(pictures.batch(i, background_colours(seed, v, i))).bfloat16() for i, v in looks if len(i))
-        self.features = _stack(told, count_looks(pictures, variants))  # (R,P,F)
-
-    def __call__(self, indices: Tensor, variant: Tensor) -> Tensor:
-        """Features (B,P,F) of pictures int64 (B,) in their variants int64 (B,)."""
-        places = self.places[indices]
-        later = self.pictures + (variant - 1) * self.cut_outs + places
-        return self.features[torch.where((places >= 0) & (variant > 0), later, indices)].float()
-
-
-def count_looks(pictures: Pictures, variants: int) -> int:
-    """Rows of a FeatureTable."""
-    return len(pictures) + (variants - 1) * int(pictures.cut_out.sum())
-
-
-def _stack(chunks: Iterator[Tensor], count: int) -> Tensor:
-    """The rows of all chunks (R,P,F), without a second copy of them on the way."""
-    stacked, filled = None, 0
-    for chunk in chunks:
-        stacked = chunk.new_empty(count, *chunk.shape[1:]) if stacked is None else stacked
-        stacked[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    assert filled == count, f"{filled} looks, not the {count} that were counted"
-    return stacked
 
 
 def alignment_loss(told: Tensor, features: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ what is shown, in which style, and where which colour is; wording and completene
 
 import itertools
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -246,9 +246,18 @@ def _tone(look: Look, chance: Chance) -> str:
     return ", ".join(words) if chance.random() < 0.2 else ""
 
 
+def short_captions(records: Sequence[Record], pixels: np.ndarray) -> list[str]:
+    """The plain caption and the dominant colours of each picture, of uint8 pixels (B,3,H,W)."""
+    return [". ".join(_short(record, look)) for record, look in zip(records, measure(pixels), strict=True)]
+
+
 def dense_caption(record: Record, pixels: np.ndarray | torch.Tensor) -> str:
     """The plain caption, the dominant colours and all nine positions, of uint8 pixels (3,H,W)."""
     look = measure(np.asarray(pixels)[None])[0]
     positions = zip(POSITIONS, sum(look.grids[3], []), strict=True)
     layout = ", ".join(f"{position} {colour}" for position, colour in positions)
-    return ". ".join(part for part in (plain_caption(record), " and ".join(look.dominant[:2]), layout) if part)
+    return ". ".join([*_short(record, look), layout])
+
+
+def _short(record: Record, look: Look) -> list[str]:
+    return list(filter(None, (plain_caption(record), " and ".join(look.dominant[:2]))))

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.data import Pictures, background_colours, batch_indices
+from train.features import FeatureTable, Teacher, teacher_features
 from train.state import step_generator
 from vilex.config import Config, setting
 from vilex.encoder import PatchEncoder
 
 Autocast = Callable[[], AbstractContextManager]
-Teacher = Callable[[Tensor], Tensor]  # pixels (B,3,H,W) in [-1,1] -> feature map (B,F,h,w)
-_STATISTICS_PICTURES = 256  # enough for a channel's mean and deviation: each gives hundreds of positions
-_STATISTICS_EPOCH = 2**32 - 1  # of backgrounds, apart from those of any step
 
 
 @dataclass(frozen=True)
@@ -36,28 +34,6 @@ class DistilConfig(Config):
     seed: int = setting(0, 0, 2**32 - 1)
 
 
-class TeacherFeatures:
-    """A teacher's map, averaged to a grid of patches, each channel with mean 0 and deviation 1 over pictures."""
-
-    def __init__(self, teacher: Teacher, side: int, pixels: Tensor) -> None:
-        self.teacher, self.side = teacher, side
-        self.mean, self.std = torch.zeros(()), torch.ones(())
-        features = torch.cat([self(batch) for batch in pixels.split(64)])  # (S,P,F)
-        self.mean, self.std = features.mean((0, 1)), features.std((0, 1)).clamp(min=1e-4)
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Targets (B,P,F), row by row from the top left, of pixels (B,3,H,W) in [-1,1]."""
-        grid = F.adaptive_avg_pool2d(self.teacher(pixels).float(), self.side)  # (B,F,side,side)
-        features = grid.flatten(2).mT  # (B,P,F)
-        return (features - self.mean.to(features)) / self.std.to(features)
-
-
-def teacher_features(teacher: Teacher, side: int, pictures: Pictures, seed: int) -> TeacherFeatures:
-    """The teacher's features on a grid of `side` x `side`, standardised over a sample of the pictures."""
-    return TeacherFeatures(teacher, side, _draw(pictures, _statistics_rows(pictures), seed, _STATISTICS_EPOCH))
-
-
 def distil_encoder(
     encoder: PatchEncoder,
     teacher: Teacher,
@@ -68,6 +44,7 @@ def distil_encoder(
 ) -> None:
     """Trains the encoder in place, deterministically; the linear head on top of it is thrown away.
 
+    Where pictures come more than once the teacher is asked once for each, on one background.
     on_step(step, steps, loss) sees the loss, 0-d, after each step. autocast is entered in each step, since it keeps
     the weights that it has cast until it is left.
     Raises ValueError when the encoder's patches are not a square grid.
@@ -77,11 +54,16 @@ def distil_encoder(
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))
+    table, variant = None, torch.zeros(config.batch_size, dtype=torch.long, device=pictures.device)
+    if config.steps * config.batch_size > len(pictures):
+        with autocast():
+            table = FeatureTable(features, pictures, 1, config.seed)
     for step in range(config.steps):
         indices = batch_indices(config.seed, step, config.batch_size, len(pictures))
-        pixels = _draw(pictures, indices, config.seed, step)
+        pixels = pictures.batch(indices, background_colours(config.seed, step if table is None else 0, indices))
         with autocast():
-            predictions, targets = head(encoder(pixels)), features(pixels)
+            predictions = head(encoder(pixels))
+            targets = features(pixels) if table is None else table(indices.to(pictures.device), variant)
         loss = distillation_loss(predictions.float(), targets.float())
         optimizer.zero_grad()
         loss.backward()
@@ -104,14 +86,6 @@ def grid_side(encoder: PatchEncoder) -> int:
     if side**2 != encoder.num_patches:
         raise ValueError(f"distillation needs a square grid of patches, the encoder gives {encoder.num_patches}")
     return side
-
-
-def _statistics_rows(pictures: Pictures) -> Tensor:
-    return torch.linspace(0, len(pictures) - 1, min(_STATISTICS_PICTURES, len(pictures))).long()
-
-
-def _draw(pictures: Pictures, indices: Tensor, seed: int, epoch: int) -> Tensor:
-    return pictures.batch(indices, background_colours(seed, epoch, indices))
 
 
 def _build_head(encoder: PatchEncoder, width: int, seed: int) -> nn.Linear:

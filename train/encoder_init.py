@@ -46,13 +46,14 @@ def read_encoder_init(
 ) -> EncoderInit:
     """What --encoder-init and --encoder-size ask for; without the first `default`, and with init_from nothing.
 
+    Only a teacher can go on with the tower of init_from.
     Raises ValueError on another word and on flags that clash.
     """
     if encoder_init is None:
         encoder_init = default if init_from is None else "random"
     if encoder_init not in ("random", "teacher") and not re.fullmatch("(open_clip|timm|hf):.+", encoder_init):
         raise ValueError(f"--encoder-init must be {_FORMS}, got {encoder_init!r}")
-    if encoder_init != "random" and init_from is not None:
+    if encoder_init not in ("random", "teacher") and init_from is not None:
         raise ValueError(f"--encoder-init {encoder_init} starts the encoder anew, --init-from brings one: give either")
     if distil_steps is not None and encoder_init != "teacher":
         raise ValueError("--distil-steps needs --encoder-init teacher")

@@ -62,6 +62,9 @@ class TrainConfig(Config):
     timestep_shift: float = setting(1.0, 0.01, 100, "above 1 the noisier timesteps are drawn more often")
     align_weight: float = setting(0.0, 0, 100, "train_t2i: of the alignment with a teacher's features; 0 = off")
     perceptual_weight: float = setting(0.0, 0, 100, "of how unlike x0 looks to a teacher; 0 = off")
+    say_weight: float = setting(
+        0.0, 0, 100, "train_vilex: of how unlike the short caption few tokens are read; 0 = off"
+    )
     ema_power: float = setting(0.75, 0.1, 1, "the EMA's decay is 1 - (1 + step) ** -ema_power")
     caption_variants: int = setting(4, 1, 64, "train_t2i: captions written per picture")
     noise_draws: int = setting(1, 1, 64, "noises per picture and step; its prompt is encoded once")

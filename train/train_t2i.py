@@ -15,11 +15,11 @@ import click
 import torch
 from torch import Tensor
 
-from train.align import AlignedDenoiser, FeatureTable, alignment_loss, bottleneck_side, count_looks
+from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
 from train.captions import write_caption, write_captions
 from train.data import RESIDENT_BYTES, Pictures
-from train.distil import TeacherFeatures, teacher_features
+from train.features import FeatureTable, TeacherFeatures, count_looks, teacher_features
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors

@@ -5,7 +5,7 @@
 
 The loss is the diffusion loss of the frozen model; gradients pass through its denoiser and text encoder to
 the tokens. Half of the batches hold the image alone, half the image with words. With `--encoder-init teacher`
-a new tower first learns from a trained network. Source: ViLex (CVPR 2025).
+the tower first learns from a trained network. Source: ViLex (CVPR 2025).
 
 The presets sd15, sd21, sdxl and sd3 follow the paper with Stable Diffusion and SigLIP, on a GPU node and with the hub:
 
@@ -19,6 +19,7 @@ With another tower, whose weights come from its library:
     --encoder-init hf:google/siglip2-so400m-patch16-naflex
 """
 
+import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ from train.presets import PRESETS, Preset, TrainConfig
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
 from train.state import CHECKPOINT_NAME, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
-from train.words import spell_captions
+from train.words import Sayings, say_captions, spell_captions
 from vilex.config import GenerationConfig, token_budgets
 from vilex.diffusion import Conditioning, TextToImage, load_t2i
 from vilex.encoder import build_encoder
@@ -53,6 +54,7 @@ from vilex.sampling import Conditions, sample
 
 LADDER_PICTURES = 8
 _LENGTH_MULTIPLE = 16  # of prompts' lengths where shapes should be few
+_MAX_SAID = 64  # pictures of a micro-batch whose short captions are written, by the CPU
 _TOKENS_STREAM, _WORDS_STREAM = 1001, 1002  # of step_generator; every process draws the same
 
 
@@ -101,6 +103,7 @@ class VilexRun(TrainingRun):
         options: RunOptions,
         distil: DistilConfig | None = None,
         spell_steps: int = 0,
+        say_steps: int = 0,
     ) -> None:
         super().__init__(t2i, pictures, held_out, preset, config, options)
         self.read_texts(3, lambda pictures: [write_words(record) for record in pictures.records], write_one)
@@ -110,15 +113,19 @@ class VilexRun(TrainingRun):
         longest = t2i.config.context_length if self.captions is None else int(self.captions.lengths.max())
         self._most_words = longest - self._around
         self.denoiser = self.compiled(self.t2i.denoiser)
+        if say_steps:
+            model.pooler.add_token_bias()
         model = model.to(self.device).requires_grad_(True).train()
         if not options.dry_run and not (options.out / CHECKPOINT_NAME).is_file():
+            settings = (config.batch_size, config.seed, self.weights, self.accelerator.autocast)
+            before = copy.deepcopy(model).eval() if say_steps else None
             if distil:
                 self._distil(model, distil)
             if spell_steps:
-                spell_captions(
-                    model, self.t2i, self.pictures, spell_steps, config.batch_size, config.seed, self.weights,
-                    self.accelerator.autocast,
-                )  # fmt: skip
+                spell_captions(model, self.t2i, self.pictures, spell_steps, *settings)
+                before = copy.deepcopy(model).eval() if say_steps else None
+            if say_steps:
+                say_captions(model, before, self.sayings, self.pictures, say_steps, *settings)
         optimizer = build_optimizer(model, config)
         frozen = ("text-to-image model", _networks(self.t2i))
         self.attach(model, optimizer, frozen, None if self.split else self.compiled(model))
@@ -134,11 +141,14 @@ class VilexRun(TrainingRun):
                 bar.update()
 
             distil_encoder(
-                model.encoder, teacher.patch_features, self.pictures, config, show, self.accelerator.autocast
+                model.encoder, teacher.coarse_features, self.pictures, config, show, self.accelerator.autocast
             )
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
-        """Diffusion and perceptual loss under the pictures' own tokens, with or without words, after TailDrop."""
+        """Diffusion and perceptual loss under the pictures' own tokens, with or without words, after TailDrop.
+
+        With say_weight also how unlike the short caption the first of them are read.
+        """
         seed = self.config.seed
         num_tokens = self._max_tokens
         if self.config.tail_drop:
@@ -152,9 +162,19 @@ class VilexRun(TrainingRun):
         if self.t2i.embedded and not self.trim:  # the denoiser's shape is fixed, the text encoder's is not
             condition = condition.padded(self.t2i.config.context_length)
         latents = self.t2i.encode(batch.pixels).contiguous(memory_format=torch.channels_last)
-        return diffusion_loss(
+        loss = diffusion_loss(
             self.t2i, self.denoiser, latents, condition, noise, self.config.snr_gamma, self.perceptual
         )
+        if not self.config.say_weight:
+            return loss
+        few = slice(_MAX_SAID)
+        said = self.sayings.loss(vilex_tokens[few], batch.pixels[few], batch.indices[few], global_step)
+        return loss + self.config.say_weight * said
+
+    @cached_property
+    def sayings(self) -> Sayings:
+        """The short captions that the first tokens learn to say."""
+        return Sayings(self.t2i, self.pictures, self.config.seed)
 
     @cached_property
     def _max_tokens(self) -> int:
@@ -258,8 +278,8 @@ t2i_option = click.option(
 @click.option(
     "--encoder-init",
     metavar="random|teacher|open_clip:TAG|open_clip:NAME:TAG|timm:NAME|hf:ID",
-    help="Start of the vision tower, instead of the preset's; teacher: distilled from EfficientNet-lite2; a NAME or "
-    "ID, which may be a folder, is another tower in its place.",
+    help="Start of the vision tower, instead of the preset's; teacher: distilled from EfficientNet-lite2, with "
+    "--init-from too; a NAME or ID, which may be a folder, is another tower in its place.",
 )
 @click.option("--encoder-size", type=click.IntRange(8, 4096), help="Pixels a side that the tower reads, not its own.")
 @click.option("--distil-steps", type=int, help="Steps of --encoder-init teacher.")
@@ -270,6 +290,14 @@ t2i_option = click.option(
     show_default=True,
     help="First let the tokens spell the model's own layout captions, for this many steps.",
 )
+@click.option(
+    "--say-steps",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Then let the first tokens say the picture's short caption and the others what they did, for this many steps.",
+)
+@click.option("--say-weight", type=float, help="Of how unlike the short caption the first tokens are read; 0 = off.")
 @click.option("--encoder-learning-rate", type=float, help="Of the vision tower.")
 def main(
     preset: str,
@@ -285,6 +313,7 @@ def main(
     encoder_size: int | None,
     distil_steps: int | None,
     spell_steps: int,
+    say_steps: int,
     workers: int,
     threads: int | None,
     minutes: float | None,
@@ -304,9 +333,13 @@ def main(
         recipe = replace(recipe, encoder=tower.tower(recipe.encoder))
         t2i = load_t2i(t2i_folder, text_encoder)
         pictures, held_out = load_data(t2i.image_size, data, validation, limit, stream, workers)
+        if stream is not None and (say_steps or config.say_weight):
+            raise ValueError(f"--stream {stream} reads no captions to say: leave --say-steps and --say-weight out")
+        if say_steps and not (init_from or spell_steps):
+            raise ValueError(f"--say-steps {say_steps} needs tokens to keep: give --init-from or --spell-steps too")
         model = build_model(recipe, t2i, init_from, config.seed, tower.pretrained)
         options = RunOptions(out, accumulate, compiled, fp32, dry_run, checkpoint_gradients, stream, minutes)
-        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps)
+        run = VilexRun(t2i, model, pictures, held_out, recipe, config, options, tower.distil, spell_steps, say_steps)
         run.resume()
     run.run()
     run.accelerator.end_training()

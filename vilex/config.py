@@ -217,6 +217,7 @@ class PoolerConfig(Config):
     heads: int = setting(6, 1, 64)
     patch_width: int = setting(192, 8, 8192, "width of the encoder's patch tokens")
     text_width: int = setting(384, 4, 16384, "width of the word embeddings")
+    token_bias: bool = False  # one of each token's own, beside the one that all share
 
     def rules(self) -> list[str]:
         return [f"width {self.width} is not a multiple of heads {self.heads}"] if self.width % self.heads else []

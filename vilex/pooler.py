@@ -1,5 +1,7 @@
 """Attention pooler: learned queries read the patch tokens and become ViLex tokens."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,6 +79,7 @@ class VilexPooler(nn.Module):
         )
         self.norm_out = nn.LayerNorm(config.width)
         self.out = nn.Linear(config.width, config.text_width)
+        self.register_parameter("token_bias", self._new_token_bias() if config.token_bias else None)
 
     def forward(self, patch_tokens: Tensor, num_tokens: int | None = None) -> Tensor:
         """The first `num_tokens` ViLex tokens (B,N,D), all of them without it, of patch_tokens (B,P,D_vit).
@@ -86,7 +89,8 @@ class VilexPooler(nn.Module):
         queries, patch_tokens = self._start(patch_tokens, num_tokens)  # (B,N,width), (B,P,D_vit)
         for block in self.blocks:
             queries = block(queries, patch_tokens)
-        return self.out(self.norm_out(queries))  # (B,N,D)
+        vilex_tokens = self.out(self.norm_out(queries))  # (B,N,D)
+        return vilex_tokens if self.token_bias is None else vilex_tokens + self.token_bias[: queries.shape[1]]
 
     def attention_maps(self, patch_tokens: Tensor, num_tokens: int | None = None) -> Tensor:
         """Where each ViLex token looked in the last block (B,N,P), mean over heads; each row sums to 1."""
@@ -101,6 +105,18 @@ class VilexPooler(nn.Module):
         self.out.bias.copy_(mean)
         # norm_out gives vectors of length sqrt(width), so a row of this deviation gives `std`.
         nn.init.normal_(self.out.weight, std=self.config.width**-0.5).mul_(std[:, None].to(self.out.weight))
+
+    def add_token_bias(self) -> None:
+        """Gives each token a bias of its own, at first 0, unless they have them.
+
+        What is common to all tokens grows in training, and the first ones cannot leave it by the shared output alone.
+        """
+        if self.token_bias is None:
+            self.config = replace(self.config, token_bias=True)
+            self.token_bias = self._new_token_bias().to(self.out.weight)
+
+    def _new_token_bias(self) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(self.config.num_queries, self.config.text_width))
 
     def _start(self, patch_tokens: Tensor, num_tokens: int | None) -> tuple[Tensor, Tensor]:
         count = self.config.num_queries if num_tokens is None else num_tokens

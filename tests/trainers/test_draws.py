@@ -1,7 +1,9 @@
 """What a step draws: learning rates, noise, captions, token counts, pictures; all functions of seed and step."""
 
+import copy
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from train.presets import TrainConfig
 from train.run import source_weights
 from train.state import lr_schedule, step_generator
 from train.subjects import content_caption, plain_caption, style_caption
-from train.words import spell_captions
+from train.words import Sayings, say_captions, spell_captions
 from vilex.config import DEFAULT_BUDGETS
 from vilex.diffusion import load_t2i
 from vilex.loss import Noise, diffusion_loss, draw_noise, loss_weights
@@ -210,6 +212,46 @@ def test_tokens_learn_to_spell_the_layout(files, autocast):
     assert losses.shape == (40,)
     assert losses[-5:].mean() < 0.8 * losses[:3].mean()
     assert_same(frozen, snapshot(run.t2i))
+
+
+@pytest.mark.parametrize("autocast", [nullcontext, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_first_tokens_learn_to_say_the_caption_and_the_others_stay(files, autocast):
+    run = build_run("vilex", files, files.data.parent / "saying")
+    model, frozen = run.module.float(), snapshot(run.t2i)
+    model.pooler.out.bias.data += 1  # as far from words as training takes it
+    model.pooler.add_token_bias()
+    before, pixels = copy.deepcopy(model).eval(), run.pictures.batch(torch.arange(len(run.pictures)))
+    losses = say_captions(model, before, run.sayings, run.pictures, steps=160, batch_size=6, seed=0, autocast=autocast)
+    assert losses.shape == (160,)
+    leading = losses[::2]  # the other half counts the later tokens too
+    assert leading[-10:].mean() < 0.8 * leading[:10].mean()
+    with torch.no_grad():
+        told, kept = model(pixels), before(pixels)
+        moved = (told - kept).square().mean((0, 2))  # (N,)
+        assert moved[:4].min() > 10 * moved[4:].mean()
+        for count in (1, 4):
+            wanted = run.sayings.wanted(pixels, torch.arange(12))
+            errors = [(run.sayings.told(tokens[:, :count]) - wanted).square().mean() for tokens in (told, kept)]
+            assert errors[0] < 0.8 * errors[1]
+    assert_same(frozen, snapshot(run.t2i))
+
+
+def test_few_tokens_that_are_read_like_the_caption_cost_nothing(files, tmp_path):
+    plain, saying = (build_run("vilex", files, tmp_path / name) for name in ("plain", "saying"))
+    saying.config = replace(saying.config, say_weight=2.0)
+    batch = saying.draw(3, 0)
+    added = saying.sayings.loss(saying.module(batch.pixels), batch.pixels, batch.indices, 3)
+    assert added > 0
+    assert saying.loss(3, 0).item() == pytest.approx(plain.loss(3, 0).item() + 2 * added.item(), rel=1e-4)
+    words = saying.sayings.wanted(batch.pixels, batch.indices)
+    saying.sayings.told = lambda tokens: words
+    assert saying.sayings.loss(saying.module(batch.pixels), batch.pixels, batch.indices, 3) == 0
+
+
+def test_what_is_not_pooled_cannot_be_said(files):
+    run = build_run("vilex", files, files.data.parent / "unsaid")
+    with pytest.raises(ValueError, match="only our own text-to-image model pools what its text encoder says"):
+        Sayings(SimpleNamespace(embedded=False), run.pictures, seed=0)
 
 
 def test_ids_beyond_16_bits_survive_tabulation():

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from training import assert_same, checkpoint, snapshot
 
 from train import train_vilex
-from train.distil import DistilConfig, TeacherFeatures, distil_encoder, distillation_loss, grid_side
+from train.distil import DistilConfig, distil_encoder, distillation_loss, grid_side
+from train.features import TeacherFeatures
 from train.run import RunOptions, load_data
 from train.state import TrainState
-from train.words import spell_captions
+from train.words import say_captions, spell_captions
 from vilex.config import EncoderConfig
 from vilex.diffusion import load_t2i
 from vilex.encoder import build_encoder
+from vilex.model import load_vilex
 
 
 def tiny_teacher() -> nn.Module:
@@ -40,6 +42,47 @@ def test_distillation_loss_falls_and_repeats(files):
     assert_same(runs[0][0], runs[1][0])
     assert not torch.equal(start["tower.pos_embed"], runs[0][0]["tower.pos_embed"])
     assert all(parameter.grad is None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("steps, asked", [(2, 12), (8, 12)])
+def test_the_teacher_is_asked_once_for_each_picture(steps, asked, files):
+    pictures, _ = load_data(32, [files.data])
+    seen = []
+    teacher = tiny_teacher()
+    encoder = build_encoder(EncoderConfig(image_size=32, patch_size=8, width=16, layers=1, heads=2))
+    config = DistilConfig(steps=steps, batch_size=6)
+    distil_encoder(encoder, lambda pixels: seen.append(len(pixels)) or teacher(pixels), pictures, config)
+    assert len(pictures) == 12 and sum(seen[1:]) == asked  # the first call is for means and deviations
+
+
+def test_a_teacher_goes_on_with_the_tower_of_other_weights(files, tmp_path, monkeypatch):
+    succeed("vilex", files, tmp_path / "first")
+    saved = load_vilex(tmp_path / "first" / "weights")
+    towers, tokens = [], []
+    monkeypatch.setattr(train_vilex, "load_efficientnet", lambda: SimpleNamespace(to=lambda *_, **__: teacher))
+    teacher = SimpleNamespace(coarse_features=tiny_teacher())
+
+    def distil(encoder: nn.Module, *given) -> None:
+        towers.append(snapshot(encoder))
+        distil_encoder(encoder, *given)
+
+    def say(model: nn.Module, before: nn.Module, *given) -> None:
+        tokens.append((snapshot(model.encoder), snapshot(before)))
+        say_captions(model, before, *given)
+
+    monkeypatch.setattr(train_vilex, "distil_encoder", distil)
+    monkeypatch.setattr(train_vilex, "say_captions", say)
+    flags = ["--init-from", str(tmp_path / "first" / "weights"), "--encoder-init", "teacher", "--distil-steps", "3"]
+    flags += ["--say-steps", "4"]
+    succeed("vilex", files, tmp_path / "second", *flags)
+    assert_same(towers[0], snapshot(saved.encoder.requires_grad_(True)))
+    taught, before = tokens[0]
+    assert not before.pop("pooler.token_bias").any()
+    assert_same(before, snapshot(saved))
+    assert not torch.equal(taught["tower.pos_embed"], saved.encoder.state_dict()["tower.pos_embed"])
+    assert load_vilex(tmp_path / "second" / "weights").pooler.token_bias[:4].abs().min() > 0
+    succeed("vilex", files, tmp_path / "second", *flags)  # is read again, with the biases
+    assert len(tokens) == 1
 
 
 def test_teacher_features_follow_the_grid_and_are_standardised():
@@ -75,7 +118,7 @@ def test_encoder_init_teacher_happens_once_and_the_run_resumes_exactly(files, tm
             self.net = tiny_teacher()
             calls.append(1)
 
-        def patch_features(self, pixels: Tensor) -> Tensor:
+        def coarse_features(self, pixels: Tensor) -> Tensor:
             return self.net(pixels)
 
     monkeypatch.setattr(train_vilex, "load_efficientnet", Teacher)
@@ -108,7 +151,7 @@ def test_a_run_in_bf16_starts_from_what_it_learnt_and_not_from_weights_cast_once
         distil_encoder(*given, lambda i, n, loss: losses["teacher"].append(loss.item()), autocast)
 
     monkeypatch.setattr(train_vilex, "load_efficientnet", lambda: SimpleNamespace(to=lambda *_, **__: teacher))
-    teacher = SimpleNamespace(patch_features=tiny_teacher())
+    teacher = SimpleNamespace(coarse_features=tiny_teacher())
     monkeypatch.setattr(train_vilex, "distil_encoder", distil)
     monkeypatch.setattr(train_vilex, "spell_captions", lambda *a: losses["words"].extend(spell_captions(*a).tolist()))
     t2i, (pictures, _) = load_t2i(files.t2i, str(files.text)), load_data(32, [files.data])
