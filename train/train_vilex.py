@@ -125,7 +125,7 @@ class VilexRun(TrainingRun):
                 spell_captions(model, self.t2i, self.pictures, spell_steps, *settings)
                 before = copy.deepcopy(model).eval() if say_steps else None
             if say_steps:
-                say_captions(model, before, self.sayings, self.pictures, say_steps, *settings)
+                say_captions(model, before, self.sayings, say_steps, *settings)
         optimizer = build_optimizer(model, config)
         frozen = ("text-to-image model", _networks(self.t2i))
         self.attach(model, optimizer, frozen, None if self.split else self.compiled(model))

@@ -85,8 +85,7 @@ class Sayings:
         if not t2i.embedded:
             raise ValueError("only our own text-to-image model pools what its text encoder says of a caption")
         self.t2i, self.pictures, self.special = t2i, pictures, special_tokens(t2i.tokenizer)
-        rows = torch.linspace(0, len(pictures) - 1, min(_STATISTICS_PICTURES, len(pictures))).long()
-        self.spread = spread(self.wanted(pictures.batch(rows, background_colours(seed, 0, rows)), rows))
+        self.spread = _spread(self.wanted(*_sample(pictures, seed)))
 
     @torch.no_grad()
     def wanted(self, pixels: Tensor, indices: Tensor) -> Tensor:
@@ -119,7 +118,6 @@ def say_captions(
     model: ViLex,
     before: ViLex,
     sayings: Sayings,
-    pictures: Pictures,
     steps: int,
     batch_size: int,
     seed: int,
@@ -132,10 +130,9 @@ def say_captions(
     relative to how these differ. The first tokens start anew from the average word.
     """
     most = max(SUMMARIES)
-    rows = torch.linspace(0, len(pictures) - 1, min(_STATISTICS_PICTURES, len(pictures))).long()
-    pixels = pictures.batch(rows, background_colours(seed, 0, rows))
+    pixels, _ = _sample(sayings.pictures, seed)
     with torch.no_grad():
-        kept_spread = spread(before(pixels)[:, most:])
+        kept_spread = _spread(before(pixels)[:, most:])
         mean, _ = sayings.t2i.word_statistics()
         model.pooler.token_bias[:most] += mean - model(pixels, most).mean(0)
     optimizer = torch.optim.AdamW(_saying_rates(model), weight_decay=0.01)
@@ -143,7 +140,7 @@ def say_captions(
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps + 1, pct_start=0.1)
     losses = []
     for step in tqdm(range(steps), mininterval=5):
-        pixels, indices = _pictures(pictures, step, batch_size, seed, weights)
+        pixels, indices = _pictures(sayings.pictures, step, batch_size, seed, weights)
         with_all = step % 2 == 1
         with autocast():
             vilex_tokens = model(pixels, None if with_all else most)
@@ -162,7 +159,13 @@ def say_captions(
     return torch.stack(losses)
 
 
-def spread(vectors: Tensor) -> Tensor:
+def _sample(pictures: Pictures, seed: int) -> tuple[Tensor, Tensor]:
+    """pixels (S,3,H,W) and indices (S,) of pictures from all over, to measure how much they differ."""
+    indices = torch.linspace(0, len(pictures) - 1, min(_STATISTICS_PICTURES, len(pictures))).long()
+    return pictures.batch(indices, background_colours(seed, 0, indices)), indices
+
+
+def _spread(vectors: Tensor) -> Tensor:
     """Mean squared difference of vectors (S,K,D) from their mean over S, per number; 0-d."""
     vectors = vectors.float()
     return (vectors - vectors.mean(0)).square().mean()
