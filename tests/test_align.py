@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 from training import Teacher, assert_same, build_t2i_run, checkpoint, snapshot
 
-from train import train_t2i
+from train import features, train_t2i
 from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.data import background_colours
 from train.features import FeatureTable
@@ -110,7 +110,7 @@ def test_a_table_is_made_on_an_accelerator_that_can_hold_it(files, tmp_path, mon
     run._build_targets()
     assert len(tables) == 1
     for limit, made in ((tables[0].features.nbytes, 2), (tables[0].features.nbytes - 1, 2)):
-        monkeypatch.setattr(train_t2i, "RESIDENT_BYTES", limit)
+        monkeypatch.setattr(features, "RESIDENT_BYTES", limit)
         run._build_targets()
         assert len(tables) == made
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.data import Pictures, background_colours, batch_indices
-from train.features import FeatureTable, Teacher, teacher_features
+from train.features import FeatureTable, Teacher, table_fits, teacher_features
 from train.state import step_generator
 from vilex.config import Config, setting
 from vilex.encoder import PatchEncoder
@@ -44,7 +44,7 @@ def distil_encoder(
 ) -> None:
     """Trains the encoder in place, deterministically; the linear head on top of it is thrown away.
 
-    Where pictures come more than once the teacher is asked once for each, on one background.
+    Where pictures come more than once and memory allows, the teacher is asked once for each, on one background.
     on_step(step, steps, loss) sees the loss, 0-d, after each step. autocast is entered in each step, since it keeps
     the weights that it has cast until it is left.
     Raises ValueError when the encoder's patches are not a square grid.
@@ -55,7 +55,7 @@ def distil_encoder(
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(config, step))
     table, variant = None, torch.zeros(config.batch_size, dtype=torch.long, device=pictures.device)
-    if config.steps * config.batch_size > len(pictures):
+    if config.steps * config.batch_size > len(pictures) and table_fits(features, pictures, 1):
         with autocast():
             table = FeatureTable(features, pictures, 1, config.seed)
     for step in range(config.steps):

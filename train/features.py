@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.data import Pictures, background_colours
+from train.data import RESIDENT_BYTES, Pictures, background_colours
+from train.shards import Shards
 
 Teacher = Callable[[Tensor], Tensor]  # pixels (B,3,H,W) in [-1,1] -> feature map (B,F,h,w)
 _STATISTICS_PICTURES = 256  # enough for a channel's mean and deviation: each gives hundreds of positions
@@ -58,6 +59,14 @@ class FeatureTable:
         places = self.places[indices]
         later = self.pictures + (variant - 1) * self.cut_outs + places
         return self.features[torch.where((places >= 0) & (variant > 0), later, indices)].float()
+
+
+def table_fits(features: TeacherFeatures, pictures: Pictures | Shards, variants: int) -> bool:
+    """Whether a FeatureTable of them can be held; of shards it cannot."""
+    if isinstance(pictures, Shards):
+        return False
+    numbers = count_looks(pictures, variants) * features.side**2 * len(features.mean)
+    return numbers * torch.bfloat16.itemsize <= RESIDENT_BYTES
 
 
 def count_looks(pictures: Pictures, variants: int) -> int:

@@ -18,12 +18,11 @@ from torch import Tensor
 from train.align import AlignedDenoiser, alignment_loss, bottleneck_side
 from train.batches import Batch, tabulate
 from train.captions import write_caption, write_captions
-from train.data import RESIDENT_BYTES, Pictures
-from train.features import FeatureTable, TeacherFeatures, count_looks, teacher_features
+from train.data import Pictures
+from train.features import FeatureTable, TeacherFeatures, table_fits, teacher_features
 from train.nets import load_efficientnet
 from train.presets import PRESETS, Preset, TrainConfig, build_unet
 from train.run import RunOptions, TrainingRun, load_data, override, start, training_options, usage_errors
-from train.shards import Shards
 from train.state import step_generator
 from train.subjects import plain_caption
 from vilex.config import GenerationConfig, T2IConfig
@@ -169,15 +168,11 @@ class T2IRun(TrainingRun):
 
     def _build_targets(self) -> Callable[[Batch], Tensor]:
         """What the features (B,P,F) of a batch should be: from a table where pictures come many times and it fits."""
-        if self.device.type == "cpu" or isinstance(self.pictures, Shards) or self._table_bytes() > RESIDENT_BYTES:
+        if self.device.type == "cpu" or not table_fits(self.teacher, self.pictures, self.config.caption_variants):
             return lambda batch: self.teacher(batch.pixels)
         with self.accelerator.autocast():
             table = FeatureTable(self.teacher, self.pictures, self.config.caption_variants, self.config.seed)
         return lambda batch: table(batch.indices, batch.variant)
-
-    def _table_bytes(self) -> int:
-        looks = count_looks(self.pictures, self.config.caption_variants)
-        return looks * bottleneck_side(self.t2i.denoiser) ** 2 * len(self.teacher.mean) * torch.bfloat16.itemsize
 
     def batch_loss(self, batch: Batch, noise: Noise, global_step: int) -> Tensor:
         """Diffusion loss of pictures under their dense captions, and what teachers add to it."""

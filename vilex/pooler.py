@@ -113,10 +113,10 @@ class VilexPooler(nn.Module):
         """
         if self.token_bias is None:
             self.config = replace(self.config, token_bias=True)
-            self.token_bias = self._new_token_bias().to(self.out.weight)
+            self.token_bias = self._new_token_bias()
 
     def _new_token_bias(self) -> nn.Parameter:
-        return nn.Parameter(torch.zeros(self.config.num_queries, self.config.text_width))
+        return nn.Parameter(self.out.weight.new_zeros(self.config.num_queries, self.config.text_width))
 
     def _start(self, patch_tokens: Tensor, num_tokens: int | None) -> tuple[Tensor, Tensor]:
         count = self.config.num_queries if num_tokens is None else num_tokens
