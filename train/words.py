@@ -155,7 +155,7 @@ def say_captions(
         optimizer.zero_grad()
         lr_schedule.step()
         losses.append(loss.detach())
-    log.info("saying captions: relative error %.3f after %d steps", losses[-1], steps)
+    log.info("saying captions: loss %.3f after %d steps", losses[-1], steps)
     return torch.stack(losses)
 
 

@@ -109,7 +109,7 @@ class VilexPooler(nn.Module):
     def add_token_bias(self) -> None:
         """Gives each token a bias of its own, at first 0, unless they have them.
 
-        What is common to all tokens grows in training, and the first ones cannot leave it by the shared output alone.
+        What is common to all tokens grows large in training; with its own bias a token need not share it.
         """
         if self.token_bias is None:
             self.config = replace(self.config, token_bias=True)
