@@ -10,7 +10,7 @@ from.
 
 Saying: of that summary the diffusion loss alone makes what lowers squared errors, which is the palette, in states of
 the text encoder that no words have; what is drawn from such states has crowds and figures in it. So the first tokens
-learn to be read by the text encoder as the short caption of the picture is, while the others stay what they were.
+learn to be read by the denoiser as the short caption of the picture is, while the others stay what they were.
 """
 
 import logging
@@ -26,16 +26,19 @@ from train.batches import tabulate
 from train.captions import layout_caption, short_captions
 from train.data import Pictures, background_colours, batch_indices
 from train.distil import Autocast
+from train.reading import PromptReader
 from vilex.diffusion import TextToImage
 from vilex.images import to_levels
 from vilex.model import ViLex
-from vilex.prompt import ComposedPrompt, compose_leading, embedding_module, special_tokens
+from vilex.prompt import compose_leading, embedding_module, special_tokens
+from vilex.t2i import Conditioning
 
 log = logging.getLogger(__name__)
 CELLS = 8  # 8 rows of 8 colour words take 74 word pieces, close to the 75 tokens
 LEAD = 3  # pieces of "8 rows:"
 SUMMARIES = (1, 2, 4)  # tokens that say the short caption
 _LEARNING_RATE = 1e-3
+_QUERY_PICTURES = 64
 _STATISTICS_PICTURES = 256
 _TOWER_RATE = 3e-4
 
@@ -75,9 +78,8 @@ def spell_captions(
 
 
 class Sayings:
-    """What the text encoder makes of pictures' short captions, and how far the first tokens are from being read so.
+    """What the denoiser reads of pictures' short captions, and how far the first tokens are from being read so.
 
-    Of a prompt count its first state, its last one and the mean of all.
     Raises ValueError for a model that does not pool what its text encoder says, as latent models do not.
     """
 
@@ -85,33 +87,41 @@ class Sayings:
         if not t2i.embedded:
             raise ValueError("only our own text-to-image model pools what its text encoder says of a caption")
         self.t2i, self.pictures, self.special = t2i, pictures, special_tokens(t2i.tokenizer)
-        self.spread = _spread(self.wanted(*_sample(pictures, seed)))
+        pixels, indices = _sample(pictures, seed)
+        with torch.no_grad():
+            few = slice(_QUERY_PICTURES)
+            self.reader = PromptReader(t2i, pixels[few], self._captioned(pixels[few], indices[few]), seed)
+            self.spreads = [_spread(answer) for answer in self.reader(self._captioned(pixels, indices))]
 
     @torch.no_grad()
-    def wanted(self, pixels: Tensor, indices: Tensor) -> Tensor:
-        """States (B,3,D) of the short captions of pictures int64 (B,), as they look in pixels (B,3,H,W)."""
+    def wanted(self, pixels: Tensor, indices: Tensor) -> list[Tensor]:
+        """What is read of the short captions of pictures int64 (B,), as they look in pixels (B,3,H,W)."""
+        return self.reader(self._captioned(pixels, indices))
+
+    def told(self, vilex_tokens: Tensor) -> list[Tensor]:
+        """What is read of vilex_tokens (B,N,D) alone."""
+        no_words = torch.zeros(len(vilex_tokens), 0, dtype=torch.long, device=vilex_tokens.device)
+        length = len(self.special.prefix) + vilex_tokens.shape[1] + len(self.special.suffix)
+        prompt = compose_leading(no_words, no_words.bool(), vilex_tokens, self.special, length)
+        return self.reader(self.t2i.encode_prompt(prompt))
+
+    def loss(self, vilex_tokens: Tensor, pixels: Tensor, indices: Tensor, step: int) -> Tensor:
+        """Squared error of what is read of the first tokens, 1, 2 or 4 by turns, relative to how captions differ; 0-d.
+
+        Half of it is that of the cross-attentions, half that of the pooled states.
+        """
+        told = self.told(vilex_tokens[:, : SUMMARIES[step % len(SUMMARIES)]])
+        pairs = zip(told, self.wanted(pixels, indices), self.spreads, strict=True)
+        *answers, pooled = [F.mse_loss(said.float(), wanted.float()) / spread for said, wanted, spread in pairs]
+        return (torch.stack(answers).mean() + pooled) / 2
+
+    def _captioned(self, pixels: Tensor, indices: Tensor) -> Conditioning:
+        """The short captions of pictures."""
         records = [self.pictures.records[i] for i in indices.tolist()]
         texts = short_captions(records, to_levels(pixels).numpy(force=True))
         table = tabulate([[text] for text in texts], self.t2i.tokenizer, self.t2i.config.context_length)
         rows = torch.arange(len(texts), device=pixels.device)
-        return self._states(table.to(pixels.device).prompt(rows, torch.zeros_like(rows), trim=True))
-
-    def told(self, vilex_tokens: Tensor) -> Tensor:
-        """States (B,3,D) of vilex_tokens (B,N,D) alone."""
-        no_words = torch.zeros(len(vilex_tokens), 0, dtype=torch.long, device=vilex_tokens.device)
-        length = len(self.special.prefix) + vilex_tokens.shape[1] + len(self.special.suffix)
-        return self._states(compose_leading(no_words, no_words.bool(), vilex_tokens, self.special, length))
-
-    def loss(self, vilex_tokens: Tensor, pixels: Tensor, indices: Tensor, step: int) -> Tensor:
-        """Squared error of the first tokens' states, 1, 2 or 4 by turns, relative to how captions' differ; 0-d."""
-        leading = vilex_tokens[:, : SUMMARIES[step % len(SUMMARIES)]]
-        return F.mse_loss(self.told(leading), self.wanted(pixels, indices)) / self.spread
-
-    def _states(self, prompt: ComposedPrompt) -> Tensor:
-        states, rows = self.t2i.encode_prompt(prompt), torch.arange(len(prompt.input_ids), device=self.t2i.device)
-        last = prompt.attention_mask.sum(1) - 1  # (B,)
-        ends = [states.prompt_embeds[:, 0], states.prompt_embeds[rows, last], states.pooled]
-        return torch.stack([end.float() for end in ends], 1)
+        return self.t2i.encode_prompt(table.to(pixels.device).prompt(rows, torch.zeros_like(rows), trim=True))
 
 
 def say_captions(

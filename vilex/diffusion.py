@@ -94,17 +94,21 @@ class EmbeddedModel(TextToImage):
     ) -> Tensor:
         """The raw prediction (B,C,h,w); timesteps int64 (B,)."""
         network = self.denoiser if denoiser is None else denoiser
-        (B, L, _), states = condition.prompt_embeds.shape, condition.prompt_embeds
-        positions = self.positions.to(noisy_latents).expand(B, -1, -1, -1)
-        places = self.places[:, :L].to(states).expand(B, -1, -1)
+        positions = self.positions.to(noisy_latents).expand(len(noisy_latents), -1, -1, -1)
         return network(
             torch.cat([noisy_latents, positions], 1),
             timesteps,
-            encoder_hidden_states=torch.cat([states, places], 2) * self.config.prompt_scale,
+            encoder_hidden_states=self.placed(condition.prompt_embeds),
             class_labels=condition.pooled,
             encoder_attention_mask=condition.mask,
             return_dict=False,
         )[0]
+
+    def placed(self, states: Tensor) -> Tensor:
+        """What the denoiser's cross-attention takes of states (B,L,D): with their places beside them, scaled."""
+        B, L, _ = states.shape
+        places = self.places[:, :L].to(states).expand(B, -1, -1)
+        return torch.cat([states, places], 2) * self.config.prompt_scale
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B,3,H,W) in [-1,1] -> the same numbers as (B,C,h,w)."""
