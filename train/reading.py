@@ -18,7 +18,7 @@ class PromptReader:
     """The outputs of each cross-attention for fixed queries, and the embedding of the pooled state.
 
     The queries are what places of noisy pictures ask; of how the text encoder's states differ it counts what moves
-    these answers. All of it is a thousandth of the denoiser's work.
+    these answers. Nothing is denoised.
     """
 
     @torch.no_grad()
