@@ -38,7 +38,6 @@ CELLS = 8  # 8 rows of 8 colour words take 74 word pieces, close to the 75 token
 LEAD = 3  # pieces of "8 rows:"
 SUMMARIES = (1, 2, 4)  # tokens that say the short caption
 _LEARNING_RATE = 1e-3
-_QUERY_PICTURES = 64
 _STATISTICS_PICTURES = 256
 _TOWER_RATE = 3e-4
 
@@ -89,9 +88,9 @@ class Sayings:
         self.t2i, self.pictures, self.special = t2i, pictures, special_tokens(t2i.tokenizer)
         pixels, indices = _sample(pictures, seed)
         with torch.no_grad():
-            few = slice(_QUERY_PICTURES)
-            self.reader = PromptReader(t2i, pixels[few], self._captioned(pixels[few], indices[few]), seed)
-            self.spreads = [_spread(answer) for answer in self.reader(self._captioned(pixels, indices))]
+            captioned = self._captioned(pixels, indices)
+            self.reader = PromptReader(t2i, pixels, captioned, seed)
+            self.spreads = [_spread(answer) for answer in self.reader(captioned)]
 
     @torch.no_grad()
     def wanted(self, pixels: Tensor, indices: Tensor) -> list[Tensor]:

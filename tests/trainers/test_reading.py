@@ -2,11 +2,11 @@
 
 import torch
 from tiny_runs import build_run
-from torch import Tensor
 
 from train.reading import PromptReader
 from train.state import step_generator
 from vilex.loss import draw_noise
+from vilex.t2i import Conditioning
 
 
 def build_reader(files, out):
@@ -43,6 +43,6 @@ def test_padding_is_not_read(files, tmp_path):
 
 def test_other_words_are_read_otherwise(files, tmp_path):
     reader, condition, _ = build_reader(files, tmp_path)
-    other: list[Tensor] = reader(type(condition)(condition.prompt_embeds.flip(1), -condition.pooled, condition.mask))
+    other = reader(Conditioning(condition.prompt_embeds.flip(1), -condition.pooled, condition.mask))
     for mine, others in zip(reader(condition), other, strict=True):
         assert (mine - others).abs().max() > 1e-3
