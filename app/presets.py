@@ -9,10 +9,10 @@ from app.studio import SILENT
 
 OWN = "As they are"
 PRESETS = {
-    "Quick look": {"num_images": 1, "num_inference_steps": 6, "guidance_scale": 2.0},
-    "Four to choose from": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": 2.0},
+    "Quick look": {"num_images": 1, "num_inference_steps": 6, "guidance_scale": 1.5},
+    "Four to choose from": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": 1.5},
     "Closer to picture and words": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": 4.0},
-    "Careful": {"num_images": 2, "num_inference_steps": 30, "guidance_scale": 2.0},
+    "Careful": {"num_images": 2, "num_inference_steps": 30, "guidance_scale": 1.5},
 }
 
 

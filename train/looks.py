@@ -3,8 +3,8 @@
     python -m train.looks --model nano --out assets/weights/nano
 
 Writes looks.png, a row per picture: the input, then three seeds of each number of tokens; mixes.png, a row per text and
-for each picture a column per text-free guidance, then per guidance by the words alone without it; and prompts.png, what
-the text-to-image model draws from 64 prompts.
+for each picture a column per text-free guidance, then per guidance by the words alone with the text-free guidance that
+mixes start with; and prompts.png, what the text-to-image model draws from 64 prompts.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from train.arms import WORDS_GUIDANCE, require_arms
 from train.prompts import PROMPTS
 from train.report import LoadPipeline, Numbers, measuring_options
 from train.run import usage_errors
-from vilex.config import GenerationConfig, token_budgets
+from vilex.config import MIX_SCALES, GenerationConfig, token_budgets
 from vilex.images import contact_sheet, find_images, fit_image, load_image
 from vilex.pipeline import VilexPipeline
 
@@ -76,7 +76,7 @@ def _small(pipeline: VilexPipeline, image: Image.Image) -> Image.Image:
 @click.option("--mixed", default="sailboat,cat,fruit,coffee", show_default=True, help="Pictures to mix with words.")
 @click.option("--mix-tokens", type=int, default=75, show_default=True, help="Tokens of a picture beside words.")
 @click.option("--tfg", type=Numbers(0, 20), default="0,1,3,6", show_default=True, help="Values of tfg_scale.")
-@click.option("--words-scale", type=Numbers(0, 20), default="2,4", show_default=True, help="Values of words_scale.")
+@click.option("--words-scale", type=Numbers(0, 20), default="3,6", show_default=True, help="Values of words_scale.")
 def main(
     load: LoadPipeline,
     pictures: Path,
@@ -90,7 +90,7 @@ def main(
     with usage_errors():
         config = GenerationConfig(num_tokens=mix_tokens, tfg_scale=0.0)
         columns = {f"tfg {scale:g}": replace(config, tfg_scale=scale) for scale in tfg}
-        columns |= {f"words {scale:g}": replace(config, words_scale=scale) for scale in words_scale}
+        columns |= {f"words {s:g}": replace(config, **MIX_SCALES | {"words_scale": s}) for s in words_scale}
         images = {path.stem: load_image(path) for path in find_images([pictures])}
         chosen = [name.strip() for name in mixed.split(",")]
         if missing := [name for name in chosen if name not in images]:

@@ -126,7 +126,7 @@ class GenerationConfig(Config):
     num_images: int = setting(1, 1, 16, "pictures per request; picture i uses seed + i")
     seed: int = setting(0, 0, 2**32 - 1, "32-bit seed of the first picture")
     num_inference_steps: int = setting(12, 1, 100, "denoising steps; Stable Diffusion wants about 20")
-    guidance_scale: float = setting(2.0, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
+    guidance_scale: float = setting(1.5, 0.0, 20.0, "classifier-free guidance, 1 = plain conditioning")
     tfg_scale: float = setting(1.0, 0.0, 20.0, "text-free guidance: 0 = no joint prompt, 1 = plain joint")
     guidance_low: float = setting(0.0, 0.0, 1.0, "guidance is on while t/T is at least this")
     guidance_high: float = setting(1.0, 0.0, 1.0, "guidance is on while t/T is at most this")
@@ -150,8 +150,8 @@ class GenerationConfig(Config):
 
 # settings that weigh words against pictures, and what they are called
 MIXING = {"tfg_scale": "text-free guidance", "words_scale": "guidance by the words alone"}
-# where the words of a mix show with the weights that come with the code; at guidance 2 a TFG of 2 costs one pass less
-MIX_SCALES = {"tfg_scale": 2.0, "words_scale": 4.0}
+# where the words of a mix show with the weights that come with the code
+MIX_SCALES = {"tfg_scale": 2.0, "words_scale": 6.0}
 SCHEDULERS = ("auto", "dpm++", "sde-dpm++", "ddim", "ddpm", "euler")
 
 
