@@ -6,13 +6,15 @@ import gradio as gr
 from gradio.components import Component
 
 from app.studio import SILENT
+from vilex.config import GenerationConfig
 
 OWN = "As they are"
+_GUIDANCE = GenerationConfig.guidance_scale
 PRESETS = {
-    "Quick look": {"num_images": 1, "num_inference_steps": 6, "guidance_scale": 1.5},
-    "Four to choose from": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": 1.5},
+    "Quick look": {"num_images": 1, "num_inference_steps": 6, "guidance_scale": _GUIDANCE},
+    "Four to choose from": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": _GUIDANCE},
     "Closer to picture and words": {"num_images": 4, "num_inference_steps": 12, "guidance_scale": 4.0},
-    "Careful": {"num_images": 2, "num_inference_steps": 30, "guidance_scale": 1.5},
+    "Careful": {"num_images": 2, "num_inference_steps": 30, "guidance_scale": _GUIDANCE},
 }
 
 
